@@ -13,11 +13,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+# Strict: a quoted number or a bool in place of a number is an error, not a guess.
+Positive = Annotated[int, Field(gt=0, strict=True)]
+NonNegative = Annotated[int, Field(ge=0, strict=True)]
+Integer = Annotated[int, Field(strict=True)]
+Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+Flag = Annotated[bool, Field(strict=True)]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -45,6 +49,7 @@ class _Data:
 
     prompts_per_step: prompt groups in one training step.
     max_prompt_tokens: longest prompt after the chat template.
+    max_response_tokens: longest response (all turns together).
     long_prompts: a longer prompt is an ``error`` that names the row, or it is dropped and counted.
     shuffle: a new seeded order each epoch; false: the order of the file.
     system_prompt: a system message put before every prompt that has none.
@@ -52,8 +57,9 @@ class _Data:
 
     prompts_per_step: Positive
     max_prompt_tokens: Positive
+    max_response_tokens: Positive
     long_prompts: Literal["error", "drop"] = "error"
-    shuffle: bool = True
+    shuffle: Flag = True
     system_prompt: str | None = None
 
 
@@ -69,10 +75,10 @@ class ArithmeticData(_Data):
     """
 
     kind: Literal["arithmetic"]
-    digits: Annotated[int, Field(ge=1, le=4)] = 2
+    digits: Annotated[int, Field(ge=1, le=4, strict=True)] = 2
     operations: list[Literal["+", "-"]] = field(default_factory=lambda: ["+"])
     held_out: Positive = 1000
-    split_seed: int = 0
+    split_seed: Integer = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +125,7 @@ class ReasoningGymData(_Data):
     task: str
     size: Positive = 10_000
     eval_size: NonNegative = 500
-    task_seed: int = 0
+    task_seed: Integer = 0
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -138,7 +144,7 @@ class RewardPart:
     """
 
     use: str
-    weight: float = 1.0
+    weight: Float = 1.0
     args: dict[str, Any] = field(default_factory=dict)
     when: str | None = None
 
@@ -158,7 +164,7 @@ class RewardConfig:
     workers: Positive = 1
     timeout_s: PositiveFloat = 5.0
     max_failure_rate: Fraction = 0.0
-    permute: bool = False
+    permute: Flag = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +173,6 @@ class _Rollout:
     penalised distribution (top-p, top-k, min-p, penalties) is not the one whose log-probs the trainer computes.
 
     samples_per_prompt: size of a prompt group.
-    max_response_tokens: longest response.
     temperature: of the policy; trainer and reference divide logits by it too.
     stop: texts that end a response, besides the end-of-sequence token.
     stop_token_ids: token ids that end a response.
@@ -178,10 +183,9 @@ class _Rollout:
     """
 
     samples_per_prompt: Positive
-    max_response_tokens: Positive
     temperature: PositiveFloat = 1.0
     stop: list[str] = field(default_factory=list)
-    stop_token_ids: list[int] = field(default_factory=list)
+    stop_token_ids: list[Integer] = field(default_factory=list)
     workers: Positive = 1
     dtype: Dtype = "float32"
     environment: str = "single_turn"
@@ -203,7 +207,7 @@ class VllmRollout(_Rollout):
     kv_cache_gib: PositiveFloat = 1.0
     gpu_memory_fraction: Fraction = 0.5
     max_concurrent: Positive = 256
-    enforce_eager: bool = True
+    enforce_eager: Flag = True
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -241,7 +245,7 @@ class TrainerConfig:
     micro_batch_tokens: Positive = 8192
     updates_per_step: Positive = 1
     logprob_chunk_tokens: Positive = 4096
-    activation_checkpointing: bool = False
+    activation_checkpointing: Flag = False
     lr: PositiveFloat = 1e-6
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
@@ -315,8 +319,8 @@ class CheckpointConfig:
 
     every: Positive = 20
     keep_last: Positive = 2
-    keep_best: bool = True
-    export: bool = True
+    keep_best: Flag = True
+    export: Flag = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,4 +388,4 @@ class RunConfig:
     tracker: TrackerConfig = TrackerConfig()
     run_root: str = "runs"
     resume: str | None = None
-    seed: int = 0
+    seed: Integer = 0

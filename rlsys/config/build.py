@@ -1,0 +1,239 @@
+"""From composed YAML to a checked :class:`RunConfig`: names, types, ranges, then what must hold between fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from rlsys.config import schema
+from rlsys.config.errors import UserError
+from rlsys.config.schema import RunConfig
+
+# Names that users bring from other frameworks, and what they find here.
+_TRUNCATED = (
+    "training samples from the policy's full distribution: a truncated or penalised distribution is not the one whose "
+    "log-probs the trainer computes, and the importance ratios would be biased. Leave it out; rollout.temperature is supported"
+)
+_KNOWN_ELSEWHERE = {
+    "rollout.top_p": _TRUNCATED,
+    "rollout.top_k": _TRUNCATED,
+    "rollout.min_p": _TRUNCATED,
+    "rollout.repetition_penalty": _TRUNCATED,
+    "rollout.presence_penalty": _TRUNCATED,
+    "rollout.frequency_penalty": _TRUNCATED,
+    "rollout.n": "use rollout.samples_per_prompt",
+    "data.train_batch_size": "use data.prompts_per_step (prompt groups in a step, not samples)",
+    "trainer.micro_batch_size": "use trainer.micro_batch_tokens (a budget in tokens, not in rows)",
+    "trainer.mini_batch_size": "use trainer.updates_per_step (optimiser steps that a step's groups are divided over)",
+    "trainer.learning_rate": "use trainer.lr",
+}
+
+
+def variants(annotation: Any) -> list[type]:
+    """The dataclasses that a field's annotation allows: one, or those of a discriminated union."""
+    if get_origin(annotation) is typing.Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [t for t in get_args(annotation) if dataclasses.is_dataclass(t)]
+    return [annotation] if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else []
+
+
+def leaves(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every config leaf, all variants included."""
+    for name, annotation in typing.get_type_hints(cls, include_extras=True).items():
+        nested = variants(annotation)
+        if not nested:
+            yield f"{prefix}{name}"
+        for variant in nested:
+            yield from leaves(variant, f"{prefix}{name}.")
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """A dataclass's defaults as plain YAML values; required fields are ``???`` (Hydra's word for a missing value)."""
+    result: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for f in dataclasses.fields(cls):
+        nested = variants(hints[f.name])
+        if len(nested) == 1:
+            result[f.name] = defaults(nested[0])
+        elif nested:
+            continue  # a union: the config group says which
+        elif f.default is not dataclasses.MISSING:
+            result[f.name] = f.default
+        elif f.default_factory is not dataclasses.MISSING:
+            result[f.name] = f.default_factory()
+        else:
+            result[f.name] = "???"
+    return result
+
+
+def suggest(key: str) -> str | None:
+    """What to write instead of the unknown ``key``."""
+    if key in _KNOWN_ELSEWHERE:
+        return _KNOWN_ELSEWHERE[key]
+    known = sorted(set(leaves()))
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if not near:  # the right name in the wrong group
+        last = key.rpartition(".")[2]
+        tails = {name.rpartition(".")[2]: name for name in known}
+        near = [tails[t] for t in difflib.get_close_matches(last, tails, n=1, cutoff=0.75)]
+    return f"did you mean '{near[0]}'?" if near else None
+
+
+_ADAPTER: TypeAdapter[RunConfig] | None = None
+
+
+def _adapter() -> TypeAdapter[RunConfig]:
+    global _ADAPTER
+    if _ADAPTER is None:
+        for cls in vars(schema).values():
+            if dataclasses.is_dataclass(cls):
+                cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+        _ADAPTER = TypeAdapter(RunConfig)
+    return _ADAPTER
+
+
+def build(raw: Mapping[str, Any]) -> RunConfig:
+    """Checks and freezes a composed configuration.
+
+    Raises:
+        UserError: an unknown, missing, ill-typed or out-of-range key (all of them, one a line), or fields that
+            contradict each other.
+    """
+    try:
+        config = _adapter().validate_python(dict(raw))
+    except ValidationError as error:
+        problems = [_describe(e) for e in error.errors()]
+        keys = ", ".join(key for key, _, _ in problems)
+        fixes = [fix for _, _, fix in problems if fix]
+        raise UserError(
+            "; ".join(f"{key}: {what}" for key, what, _ in problems), where=keys, fix="; ".join(fixes) or None
+        ) from None
+    cross_check(config)
+    return config
+
+
+def _describe(error: ErrorDetails) -> tuple[str, str, str | None]:
+    tags = {cls_tag for _, cls_tag in _discriminators()}
+    parts = [str(p) for i, p in enumerate(error["loc"]) if not (i == 1 and p in tags)]
+    key = ".".join(parts)
+    if error["type"] == "unexpected_keyword_argument":
+        return key, "there is no such key", suggest(key)
+    if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return key, "is required", f"set {key}=…"
+    return key, f"{error['msg'].lower()}, got {error['input']!r}", None
+
+
+def _discriminators() -> list[tuple[str, str]]:
+    return [
+        (group, get_args(typing.get_type_hints(cls)[tag])[0])
+        for group, tag in (("data", "kind"), ("rollout", "engine"))
+        for cls in variants(typing.get_type_hints(RunConfig, include_extras=True)[group])
+    ]
+
+
+def cross_check(config: RunConfig) -> None:
+    """What must hold between fields, before anything is started.
+
+    Raises:
+        UserError: at the first contradiction.
+    """
+    data, rollout, trainer = config.data, config.rollout, config.trainer
+    sample = data.max_prompt_tokens + data.max_response_tokens
+    if trainer.micro_batch_tokens < sample:
+        raise UserError(
+            f"the token budget of a micro-batch ({trainer.micro_batch_tokens}) is smaller than one sample "
+            f"({data.max_prompt_tokens} prompt + {data.max_response_tokens} response tokens)",
+            where="trainer.micro_batch_tokens",
+            fix=f"set trainer.micro_batch_tokens={sample} or more, or shorten data.max_response_tokens",
+        )
+    if config.model.max_length is not None and config.model.max_length < sample:
+        raise UserError(
+            f"prompt and response may take {sample} tokens, the model {config.model.max_length}",
+            where="model.max_length",
+            fix="shorten data.max_prompt_tokens or data.max_response_tokens",
+        )
+    if data.prompts_per_step % trainer.updates_per_step:
+        raise UserError(
+            f"{data.prompts_per_step} prompt groups cannot be divided over {trainer.updates_per_step} optimiser steps",
+            where="trainer.updates_per_step",
+            fix="choose a divisor of data.prompts_per_step",
+        )
+    if not config.reward.parts:
+        raise UserError("the reward has no parts", where="reward.parts", fix="choose a reward group, such as reward=gsm8k")
+    if config.eval.metric is not None and config.eval.metric not in config.reward.parts:
+        raise UserError(
+            f"there is no reward part '{config.eval.metric}'",
+            where="eval.metric",
+            fix=f"one of: {', '.join(config.reward.parts)}",
+        )
+    if config.eval.samples and config.eval.pass_k > config.eval.samples:
+        raise UserError(
+            f"pass@{config.eval.pass_k} needs at least {config.eval.pass_k} samples a problem, not {config.eval.samples}",
+            where="eval.pass_k",
+            fix=f"set eval.samples={config.eval.pass_k} or more",
+        )
+    if config.algorithm.kl.coef and config.algorithm.kl.placement == "reward" and config.algorithm.kl.estimator == "k3+":
+        raise UserError(
+            "k3+ differs from k3 in its gradient only, and a penalty on the reward has none",
+            where="algorithm.kl.estimator",
+            fix="use k1, k2 or k3, or algorithm.kl.placement=loss",
+        )
+
+
+def _no_kl(c: RunConfig) -> bool:
+    return c.algorithm.kl.coef == 0
+
+
+def _no_eval(c: RunConfig) -> bool:
+    return c.eval.every == 0
+
+
+def _never_clips(c: RunConfig) -> bool:
+    return c.algorithm.loss == "ppo_clip" and c.trainer.updates_per_step == 1 and c.algorithm.old_logprobs == "trainer"
+
+
+_CLIPS = "with one optimiser step a batch the ratio is always 1 and nothing is clipped: set trainer.updates_per_step=2 or more"
+
+# (key, when the chosen combination ignores it, what to do). A key stands for everything below it too.
+_IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
+    ("algorithm.kl.estimator", _no_kl, "set algorithm.kl.coef to more than 0"),
+    ("algorithm.kl.placement", _no_kl, "set algorithm.kl.coef to more than 0"),
+    ("deadlines.reference", _no_kl, "no reference worker runs without a KL term: set algorithm.kl.coef to more than 0"),
+    ("algorithm.loss_options.clip_low", _never_clips, _CLIPS),
+    ("algorithm.loss_options.clip_high", _never_clips, _CLIPS),
+    ("algorithm.loss_options.dual_clip", _never_clips, _CLIPS),
+    ("eval.pass_k", lambda c: c.eval.samples == 0, "set eval.samples to the number of responses a problem"),
+    ("eval.samples", _no_eval, "set eval.every to more than 0"),
+    ("eval.problems", _no_eval, "set eval.every to more than 0"),
+    ("eval.metric", _no_eval, "set eval.every to more than 0"),
+    ("checkpoint.keep_best", _no_eval, "without held-out evaluation no checkpoint is the best: set eval.every to more than 0"),
+    ("tracker.project", lambda c: not c.tracker.use, "only a tracker has projects: tracker.use=[wandb]"),
+    (
+        "cluster.object_store_gib",
+        lambda c: c.cluster.address is not None,
+        "a cluster that runs already has its object store: leave it out",
+    ),
+]
+
+
+def refuse_ignored(config: RunConfig, overridden: Iterable[str]) -> None:
+    """Refuses an override that the chosen combination would ignore.
+
+    Args:
+        overridden: dotted keys that the user set himself.
+
+    Raises:
+        UserError: naming the key and what would make it count.
+    """
+    for key in overridden:
+        for ignored, holds, fix in _IGNORED:
+            if (key == ignored or key.startswith(ignored + ".")) and holds(config):
+                raise UserError(f"{key} has no effect in this combination", where=key, fix=fix)

@@ -1,0 +1,65 @@
+"""``python -m rlsys.launch +recipe=grpo_qwen``: compose the configuration, check it, run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.text import Text
+
+from rlsys.config.assets import asset
+from rlsys.config.build import build, refuse_ignored
+from rlsys.config.compose import explain, overridden_keys, register_schemas, to_plain
+from rlsys.config.errors import UserError
+
+EXIT_BAD_INPUT = 2
+
+
+def show_error(error: UserError) -> None:
+    """One short block on standard error; no traceback, which would say nothing to the one who mistyped a key."""
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        0: finished or stopped cleanly; 1: the run failed; 2: bad input; 130: interrupted by Ctrl-C.
+    """
+    status = 0
+
+    @hydra.main(config_path=str(asset("configs")), config_name="config", version_base="1.3")
+    def run(composed: DictConfig) -> None:
+        nonlocal status
+        try:
+            config = build(to_plain(composed))
+            refuse_ignored(config, overridden_keys(HydraConfig.get().overrides.task))
+            from rlsys.controller.run import run_job  # torch and Ray only once the configuration is known to be good
+
+            status = run_job(config)
+        except UserError as error:  # caught here, because Hydra prints a line of its own about whatever passes it
+            show_error(error)
+            status = EXIT_BAD_INPUT
+
+    register_schemas()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them and leaving
+    arguments, sys.argv = sys.argv, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
+    try:
+        run()
+    except (HydraException, OmegaConfBaseException) as error:
+        show_error(explain(error))
+        return EXIT_BAD_INPUT
+    finally:
+        sys.argv = arguments
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
