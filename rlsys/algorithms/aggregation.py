@@ -45,7 +45,7 @@ def token_weights(
 
 
 def normaliser(aggregation: Aggregation, mask: torch.Tensor, rows: torch.Tensor, num_rows: int) -> float | None:
-    """What these rows add to the normaliser: tokens, or rows with any unmasked token; None where nothing is divided by."""
+    """What these rows add to the normaliser: tokens, or rows with any unmasked token; None: nothing is divided by."""
     if aggregation == "token-sum":
         return None
     if aggregation == "token-mean":

@@ -27,7 +27,7 @@ def token_logprobs(
         hidden: [N, H]. weight: [V, H]. bias: [V] or None. targets: [N] int64.
         temperature: of the sampler.
         chunk: tokens whose logits exist at once.
-        entropy_gradient: whether the entropy carries a gradient; without it, it is detached and the backward pass cheaper.
+        entropy_gradient: whether the entropy carries a gradient; without it the backward pass is cheaper.
 
     Returns:
         log-probs [N] and entropy [N], float32 (float64 for float64 inputs).

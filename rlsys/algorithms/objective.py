@@ -38,7 +38,7 @@ class ResponseBatch:
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """logprobs [N], with gradient; entropy [N], with gradient where a channel asks for it. Both 0 off ``response_mask``."""
+    """logprobs [N], with gradient; entropy [N], with gradient where a channel asks for it; 0 off ``response_mask``."""
 
     logprobs: torch.Tensor
     entropy: torch.Tensor
@@ -46,7 +46,7 @@ class ForwardOutput:
 
 @dataclass(frozen=True)
 class ChannelSums:
-    """loss_sum: scalar with gradient, not normalised; sums: metrics as (sum, count); maxima: metrics reduced by maximum."""
+    """loss_sum: scalar with gradient, not normalised; sums: metrics as (sum, count); maxima: reduced by maximum."""
 
     loss_sum: torch.Tensor
     sums: dict[str, SumCount] = field(default_factory=dict)
@@ -147,11 +147,13 @@ class PolicyGradient:
 
         policy loss + kl_coef · KL(π ‖ π_ref) − entropy_coef · entropy
 
-    loss, loss_options: name or import path of a policy loss, and its options.
-    aggregation: how tokens are weighed; horizon: the longest response allowed, which ``seq-mean-token-sum-norm`` divides by.
-    old_logprobs: where π_old comes from: the ``column`` of that name, or ``self``: π itself without gradient, which is the
-        same value and the same gradient as long as the batch is used for exactly one optimiser step, and saves a forward
-        pass.
+    loss_name, loss_options: name or import path of a policy loss, and its options.
+    aggregation: how tokens are weighed.
+    horizon: the longest response allowed, which ``seq-mean-token-sum-norm`` divides by.
+    kl_coef, kl_estimator, entropy_coef: weights of the other two terms, and how the KL is estimated.
+    old_logprobs: where π_old comes from: the ``column`` of that name, or ``self``: π itself without gradient. That is
+        the same value and the same gradient as long as the batch is used for exactly one optimiser step, and it saves
+        a forward pass.
     """
 
     loss_name: str = "ppo_clip"

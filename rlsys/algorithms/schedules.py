@@ -16,7 +16,7 @@ def multiplier(schedule: Schedule, step: int, total: int, warmup: int = 0) -> fl
     - ``constant``: 1.
     - ``linear``: from 1 in the first step after warm-up by 1/P a step; 1/P in the last.
     - ``cosine``: half a cosine over the same points.
-    - ``wsd`` (warm-up, stable, decay): 1 until warmup + ⌊.8P⌋, linear to .1 at warmup + ⌊.98P⌋, linear to .01 at the end.
+    - ``wsd`` (warm-up, stable, decay): 1 until warmup + ⌊.8P⌋, linear to .1 at warmup + ⌊.98P⌋, to .01 at the end.
 
     A step past ``total`` has the last one's factor.
     """

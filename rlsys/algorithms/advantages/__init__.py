@@ -19,7 +19,7 @@ ADVANTAGES: Registry[Estimator] = Registry("advantage estimator", "rlsys.algorit
 
 
 def compares_in_group(estimator: Estimator) -> Estimator:
-    """Decorator: this estimator compares a sample with others of its group, so one sample per prompt teaches nothing."""
+    """Decorator: the estimator compares a sample with others of its group, so one sample per prompt teaches nothing."""
     estimator.compares_in_group = True  # type: ignore[attr-defined]
     return estimator
 
@@ -74,14 +74,17 @@ def estimate(
         ``groups_without_signal`` (fraction of groups all of whose rewards are equal).
 
     Raises:
-        UserError: unknown estimator or option. ValueError: rewards and uids differ in number, or a reward is not finite.
+        UserError: unknown estimator or option.
+        ValueError: rewards and uids differ in number, or a reward is not finite.
     """
     estimator = ADVANTAGES.get(name, where="algorithm.advantage")
     check_options(estimator, options, where="algorithm.advantage_options")
     if rewards.shape != (len(uids),):
         raise ValueError(f"{len(uids)} samples have rewards of shape {tuple(rewards.shape)}")
     if not torch.isfinite(rewards).all():
-        raise ValueError(f"rewards of samples {torch.nonzero(~torch.isfinite(rewards)).flatten().tolist()} are not finite")
+        raise ValueError(
+            f"rewards of samples {torch.nonzero(~torch.isfinite(rewards)).flatten().tolist()} are not finite"
+        )
     if not len(uids):
         return rewards.to(torch.float32), {"groups": 0.0, "groups_of_one": 0.0, "groups_without_signal": 0.0}
     groups = group_index(uids)
