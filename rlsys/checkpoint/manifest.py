@@ -93,7 +93,7 @@ def read(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Checks presence, size and checksum of every listed file. Files that the manifest does not list do no harm: loaders
+    """Checks presence, size and checksum of every listed file. Files that it does not list do no harm: loaders
     open files by the names that the writer gave them.
 
     Raises:
