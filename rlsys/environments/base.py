@@ -26,6 +26,30 @@ class Sample:
     finish_reason: str
 
 
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one sequence is sampled. Always from the full vocabulary: no top-p, top-k, min-p or penalty exists here.
+
+    temperature: logits are divided by it; 0: greedy (evaluation).
+    max_tokens: longest continuation.
+    seed: of this sequence alone, 0 … 2⁶³-1; the same seed, prompt and weights give the same tokens whatever else is in the
+        batch (exactly for the torch engine on the same batch; up to kernel round-off otherwise).
+    stop: texts that end the sequence; stop_token_ids: ids that do, besides the model's end-of-sequence ids.
+    """
+
+    temperature: float
+    max_tokens: int
+    seed: int
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class Sampler(Protocol):
+    """The part of a rollout engine that environments need."""
+
+    async def generate(self, token_ids: list[int], params: SamplingParams) -> Sample: ...
+
+
 class SamplingClient(Protocol):
     """Continues token sequences. Bound to one sample of one prompt: it knows temperature, limits, stop rules and the sample's
     seed (a function of run seed, prompt uid, sample index, attempt)."""

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from rlsys.batch.versions import WeightVersion
+from rlsys.config.errors import UserError
 from rlsys.engines.sync.buckets import Bucket
-from rlsys.environments.base import Sample
+from rlsys.environments.base import Sample, SamplingParams
 
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one sequence is sampled. Always from the full vocabulary: no top-p, top-k, min-p or penalty exists here.
-
-    temperature: logits are divided by it; 0: greedy (evaluation).
-    max_tokens: longest continuation.
-    seed: of this sequence alone; the same seed, prompt and weights give the same tokens whatever else is in the batch
-        (exactly for the torch engine on the same batch; up to kernel round-off otherwise).
-    stop: texts that end the sequence; stop_token_ids: ids that do, besides the model's end-of-sequence ids.
-    """
-
-    temperature: float
-    max_tokens: int
-    seed: int
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = field(default=())
+__all__ = ["Bucket", "RolloutEngine", "Sample", "SamplingParams", "WeightVersion", "check_prompt"]
 
 
 class RolloutEngine(Protocol):
     """One sampler with one copy of the weights. All calls are coroutines of one event loop; many ``generate`` calls run
-    at once and the engine batches them."""
+    at once and the engine batches them.
+
+    version: of the weights it holds. A fresh engine is at ``WeightVersion(0, 0)``.
+    """
 
     version: WeightVersion
 
@@ -40,19 +27,43 @@ class RolloutEngine(Protocol):
 
         Returns:
             Sample: tokens (the end token included), log μ of each token at ``temperature`` (at temperature 0: of the
-            untempered distribution), the weights' version of each token, and ``stop`` or ``length``.
+            untempered distribution), the weights' version of each token, and ``stop`` or ``length``. A sequence that
+            reaches the engine's ``max_length`` ends with ``length``.
+
+        Raises:
+            UserError: the prompt is empty or leaves no room for a token.
         """
+        ...
+
+    async def checksum(self) -> str:
+        """Checksum (``rlsys.engines.sync.checksum``) of the weights that the engine holds now."""
         ...
 
     async def update_weights(self, buckets: Iterable[Bucket], version: WeightVersion) -> str:
         """Take new weights; nothing is sampled with half of them, and no cache of the old ones is served afterwards.
+        Sequences under way finish with the old weights first, later ones wait for the new.
 
         Returns:
-            The checksum of the weights that the engine now holds (``rlsys.engines.sync.checksum``), computed from
-            what it holds and not from what it was sent.
+            The checksum of the weights that the engine now holds, computed from what it holds and not from what it
+            was sent.
+
+        Raises:
+            SyncError: the update broke off half-way; the engine samples nothing more.
         """
         ...
 
     async def close(self) -> None:
         """Frees memory and ends every process that the engine started."""
         ...
+
+
+def check_prompt(token_ids: list[int], max_length: int) -> None:
+    """Refuses a prompt that an engine of ``max_length`` positions cannot continue."""
+    if not token_ids:
+        raise UserError("a prompt has no tokens", fix="give every prompt at least one token")
+    if len(token_ids) >= max_length:
+        raise UserError(
+            f"a prompt of {len(token_ids)} tokens leaves no room for a response within {max_length}",
+            where="data.max_prompt_tokens",
+            fix="raise model.max_length, or drop long prompts with data.long_prompts=drop",
+        )

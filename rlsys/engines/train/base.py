@@ -14,15 +14,19 @@ from rlsys.batch import DataProto
 
 
 class TrainEngine(Protocol):
+    """parameter_count: of the whole model, tied weights once."""
+
+    parameter_count: int
+
     def forward(self, batch: DataProto) -> DataProto:
         """Log-probs of the response tokens, without gradient.
 
         Args:
-            batch: this rank's rows (may be none) with ``prompt_ids`` and ``response_ids``.
+            batch: this rank's rows (may be none) with ``prompt_ids``, ``response_ids`` and ``response_mask``.
 
         Returns:
-            DataProto with the jagged columns ``logprobs`` and ``entropy`` [B, j:response] float32 at the sampling
-            temperature, rows in the order given; 0 where ``response_mask`` is 0.
+            DataProto with the jagged columns ``logprobs`` and ``entropy`` [B, j:response] float32 on the CPU, at the
+            sampling temperature, rows in the order given; 0 where ``response_mask`` is 0.
         """
         ...
 
@@ -33,12 +37,14 @@ class TrainEngine(Protocol):
         does not depend on micro-batches or ranks.
 
         Returns:
-            Metrics, reduced over ranks (the same on every rank).
+            Metrics, reduced over ranks (the same on every rank): ``loss``; each channel's, prefixed by its name;
+            ``tokens`` (prompt and response), ``padding_fraction``, ``micro_batches`` (of a rank).
         """
         ...
 
     def optim_step(self) -> dict[str, float]:
-        """Clips, steps the optimiser and the schedule, zeroes the gradient. Returns ``grad_norm`` and ``lr``."""
+        """Clips, steps the optimiser and the schedule, zeroes the gradient. Returns ``grad_norm`` (before clipping) and
+        ``lr``. A gradient that is not finite is an error, and the weights stay as they were."""
         ...
 
     def save_state(self, folder: Path) -> None:
@@ -46,7 +52,8 @@ class TrainEngine(Protocol):
         ...
 
     def load_state(self, folder: Path) -> None:
-        """Reads what any number of ranks saved; afterwards this rank is where they were."""
+        """Reads what any number of ranks saved; afterwards this rank is where they were. With another number of ranks
+        the generators of random numbers are seeded anew, from the run's seed, the rank and the step."""
         ...
 
     def export_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,7 +15,7 @@ from rlsys.tracking.trackers.base import TRACKERS
 
 @TRACKERS.register("tensorboard")
 class TensorBoard:
-    """Writes ``<run folder>/tensorboard``. A resumed run adds a file that replaces older points from its first step on."""
+    """Writes ``<run folder>/tensorboard``. A resumed run adds a file that replaces older points from its start on."""
 
     def __init__(self) -> None:
         if importlib.util.find_spec("tensorboard") is None:

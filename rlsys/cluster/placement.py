@@ -1,0 +1,68 @@
+"""Which actors run, and on what: a pure function of the configuration and the machine's resources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlsys.config.errors import UserError
+from rlsys.config.schema import RunConfig
+
+# Shares of a GPU that trainer, sampler and reference take turns on. Ray books them; memory is bounded by
+# rollout.gpu_memory_fraction on the sampler's side.
+_GPU_SHARE = {"trainer": 0.5, "rollout": 0.4, "reference": 0.1}
+
+
+@dataclass(frozen=True)
+class ActorSpec:
+    """One Ray actor. bundle: index of the placement-group bundle (one a GPU), None on a CPU; env: its environment."""
+
+    role: str
+    index: int
+    gpus: float = 0.0
+    bundle: int | None = None
+    threads: int = 1
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.role} worker {self.index}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All actors of a run, and the bundles (GPUs each) that they are placed into."""
+
+    actors: tuple[ActorSpec, ...]
+    bundles: tuple[dict[str, float], ...]
+
+    def of(self, role: str) -> list[ActorSpec]:
+        return [actor for actor in self.actors if actor.role == role]
+
+
+def needs_reference(config: RunConfig) -> bool:
+    """Whether any term reads reference log-probs."""
+    return config.algorithm.kl.coef > 0
+
+
+def plan(config: RunConfig, *, gpus: int, cores: int) -> Plan:
+    """Assigns actors to GPUs, trainer rank i and rollout worker i on GPU i; without GPUs to CPU threads.
+
+    Raises:
+        UserError: more trainer ranks or rollout workers than GPUs.
+    """
+    ranks = config.trainer.ranks or max(gpus, 1)
+    for key, wanted in (("trainer.ranks", ranks), ("rollout.workers", config.rollout.workers)):
+        if gpus and wanted > gpus:
+            raise UserError(f"{key}={wanted}, but there are {gpus} GPUs", where=key, fix=f"set {key}={gpus} or less")
+    threads = config.cluster.threads or max(1, cores // ranks)
+    actors: list[ActorSpec] = []
+    for role, count in (("trainer", ranks), ("rollout", config.rollout.workers), ("reference", int(needs_reference(config)))):
+        for index in range(count):
+            per_actor = threads if role != "rollout" else config.cluster.threads or max(1, cores // count)
+            env = {"OMP_NUM_THREADS": str(per_actor)}
+            if gpus:
+                actors.append(ActorSpec(role, index, _GPU_SHARE[role], index, per_actor, env))
+            else:  # Ray would otherwise hide GPUs by a variable that some libraries read as an error
+                actors.append(ActorSpec(role, index, 0.0, None, per_actor, env))
+    actors.append(ActorSpec("reward", 0, env={"OMP_NUM_THREADS": "1"}))
+    return Plan(tuple(actors), tuple({"GPU": 1.0} for _ in range(max(ranks, config.rollout.workers) if gpus else 0)))

@@ -1,0 +1,125 @@
+"""Everything that can be wrong with a run's inputs is found here, before a process is started or a folder made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rlsys.algorithms.advantages import check_estimator
+from rlsys.algorithms.losses import POLICY_LOSSES
+from rlsys.batch import DataProto
+from rlsys.config.assets import bundled_model
+from rlsys.config.errors import UserError
+from rlsys.config.plugins import check_options
+from rlsys.config.schema import RunConfig, VllmRollout
+from rlsys.data.base import load_dataset
+from rlsys.data.prompts import PromptEncoder, load_tokenizer
+from rlsys.data.sampler import PromptStream, held_out_batch
+from rlsys.engines.rollout import check_engine_args
+from rlsys.environments.base import ENVIRONMENTS
+from rlsys.rewards.compose import build_reward
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """config: with model.path resolved to a folder; held_out: None where there is no evaluation; max_length: longest prompt and
+    response together."""
+
+    config: RunConfig
+    model_folder: Path
+    prompts: PromptStream
+    held_out: DataProto | None
+    max_length: int
+    train_rows: int
+
+
+def check_inputs(config: RunConfig) -> Inputs:
+    """Loads what is cheap to load and looks at the rest.
+
+    Raises:
+        UserError: model, tokenizer, data, reward, estimator, loss or environment cannot be used.
+    """
+    check_estimator(
+        config.algorithm.advantage, config.algorithm.advantage_options, config.rollout.samples_per_prompt
+    )
+    loss = POLICY_LOSSES.get(config.algorithm.loss, where="algorithm.loss")
+    check_options(loss, config.algorithm.loss_options, where="algorithm.loss_options")
+    ENVIRONMENTS.get(config.rollout.environment, where="rollout.environment")
+    build_reward(config.reward)
+    if isinstance(config.rollout, VllmRollout):
+        check_engine_args(config.rollout.engine_args)
+    folder = find_model(config.model.path)
+    config = replace(config, model=replace(config.model, path=str(folder)))
+    max_length = config.data.max_prompt_tokens + config.data.max_response_tokens
+    _check_length(folder, max_length)
+    dataset = load_dataset(config.data)
+    encoder = PromptEncoder(
+        load_tokenizer(str(folder)),
+        chat_template_path=config.model.chat_template,
+        system_prompt=config.data.system_prompt,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        long_prompts=config.data.long_prompts,
+    )
+    stream = PromptStream(
+        dataset.train,
+        encoder,
+        prompts_per_step=config.data.prompts_per_step,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+    )
+    held_out = None
+    if config.eval.every:
+        if not dataset.held_out:
+            raise UserError(
+                "there are no held-out problems to evaluate on",
+                where="data",
+                fix="set data.eval_path (data.eval_size), or eval.every=0",
+            )
+        held_out = held_out_batch(dataset.held_out, encoder, problems=config.eval.problems)
+    return Inputs(config, folder, stream, held_out, max_length, len(dataset.train))
+
+
+def find_model(path: str) -> Path:
+    """The folder of a bundled model, a local one, or one of the hub (downloaded into its cache).
+
+    Raises:
+        UserError: not a model folder with config and weights, and not on the hub.
+    """
+    folder = Path(bundled_model(path)).expanduser()
+    if not folder.is_dir():
+        folder = _download(path)
+    if not (folder / "config.json").is_file():
+        raise UserError("the model folder has no config.json", where=str(folder), fix="give a Hugging Face model folder")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            "the model folder has no weights (*.safetensors; other formats hold pickles and are not read)",
+            where=str(folder),
+            fix="save the model with save_pretrained, which writes safetensors",
+        )
+    return folder.absolute()
+
+
+def _download(path: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, ignore_patterns=["*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"there is no model folder '{path}', and the hub does not give one: {reason}",
+            where="model.path",
+            fix="give an existing folder, a hub id such as Qwen/Qwen3-0.6B, or bundled:arithmetic",
+        ) from error
+
+
+def _check_length(folder: Path, max_length: int) -> None:
+    limit = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    if limit is not None and max_length > limit:
+        raise UserError(
+            f"prompt and response may take {max_length} tokens, and the model allows {limit}",
+            where="data.max_response_tokens",
+            fix=f"shorten data.max_prompt_tokens or data.max_response_tokens to {limit} together",
+        )

@@ -1,0 +1,28 @@
+"""The synchronous loop: one training step is the whole story."""
+
+from __future__ import annotations
+
+from rlsys.controller.job import Job
+
+
+def train(job: Job) -> None:
+    """prompts → rollout → reward → old and reference log-probs → advantage → objective (backward, step) → weights → rollout.
+
+    Raises:
+        StopRequested: between two stages; the job can then be checkpointed at its last whole step.
+        DeadlineExceeded, ActorFailed, RewardBudgetExceeded: see the stages.
+    """
+    job.sync_weights()
+    job.evaluate_if_due()
+    while job.state.step < job.config.steps:
+        job.begin_step()
+        prompts = job.next_prompts()
+        experience = job.collect(prompts)  # rewards and reference start on a shard as soon as it is sampled
+        job.load(experience)
+        reference_kl = job.old_logprobs()
+        advantages = job.advantages(experience, reference_kl)
+        job.update(advantages)
+        job.sync_weights()
+        job.evaluate_if_due()
+        job.end_step(experience, advantages)
+        job.checkpoint_if_due()

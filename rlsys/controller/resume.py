@@ -1,0 +1,89 @@
+"""Where a resumed run goes on: its folder, a verified checkpoint, and the controller's state there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlsys.checkpoint.controller_state import ControllerState
+from rlsys.checkpoint.store import Checkpoint, CheckpointStore
+from rlsys.config.errors import UserError
+from rlsys.config.schema import RunConfig
+from rlsys.tracking.metrics import read_metrics
+from rlsys.tracking.run import RunFolder, resolve_resume
+from rlsys.tracking.secrets import mask
+
+# What may differ from the run that is resumed: it does not change what the remaining steps compute.
+_FREE = ("resume", "steps", "run_root", "tracker", "deadlines", "cluster", "checkpoint", "reward.workers", "reward.timeout_s")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """folder: of the run; checkpoint: verified; state: of the controller, in the lineage that now begins."""
+
+    folder: RunFolder
+    checkpoint: Path
+    state: ControllerState
+
+
+def find_origin(config: RunConfig) -> Origin | None:
+    """What ``config.resume`` asks for; None for a new run.
+
+    Raises:
+        UserError: no such run, a damaged checkpoint (the one before it is offered), or a config that would compute
+            something else than the run did.
+    """
+    point = resolve_resume(config.resume, Path(config.run_root), config.name)
+    if point is None:
+        return None
+    store = CheckpointStore(point.run.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best)
+    checkpoint = store.latest() if point.checkpoint is None else store.verify(point.checkpoint)
+    if checkpoint is None:
+        if config.resume == "auto":
+            return None  # it was stopped before its first checkpoint: nothing to go on from
+        raise UserError("the run has no checkpoint", where=str(point.run.path), fix="leave resume out for a new run")
+    _check_same(config, point.run)
+    state = ControllerState.read(checkpoint.path)
+    return Origin(point.run, checkpoint.path, replace(state, lineage=_lineage(point.run, store, checkpoint)))
+
+
+def _lineage(run: RunFolder, store: CheckpointStore, checkpoint: Checkpoint) -> int:
+    """The checkpoint's lineage, or a new one where the run had gone past it: weights of its later steps may have been used, and
+    must not be taken for those that are now computed."""
+    newest = store.best()
+    highest = max(checkpoint.version.lineage, newest.version.lineage if newest else 0)
+    history = read_metrics(run.metrics) if run.metrics.exists() else []
+    last = (history[-1]["lineage"], history[-1]["step"]) if history else (0, 0)
+    if tuple(checkpoint.version) >= last:
+        return checkpoint.version.lineage
+    return max(highest, last[0]) + 1
+
+
+def _check_same(config: RunConfig, run: RunFolder) -> None:
+    before = dict(_leaves(yaml.safe_load(run.config.read_text(encoding="utf-8"))))
+    now = dict(_leaves(mask(asdict(config))))
+    changed = [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == free or key.startswith(free + ".") for free in _FREE)
+    ]
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"the run was made with {key}={before.get(key)!r}, not {now.get(key)!r}"
+            + (f" (and {len(changed) - 1} more keys differ: {', '.join(changed[1:6])})" if changed[1:] else ""),
+            where=str(run.config),
+            fix="resume with the keys that the run was started with, or leave resume out for a new run",
+        )
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,210 @@
+"""One run from a checked configuration to its summary: check the inputs, start the actors, train, stop cleanly."""
+
+from __future__ import annotations
+
+import signal
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlsys.algorithms.objective import Objective, PolicyGradient
+from rlsys.checkpoint.controller_state import ControllerState
+from rlsys.checkpoint.store import CheckpointStore
+from rlsys.cluster.placement import needs_reference, plan
+from rlsys.cluster.session import Placement, Session, connect
+from rlsys.config.errors import UserError
+from rlsys.config.schema import RunConfig
+from rlsys.controller.inputs import Inputs, check_inputs
+from rlsys.controller.job import Groups, Job, Observers, needs_old_logprobs
+from rlsys.controller.loop import train
+from rlsys.controller.resume import Origin, find_origin
+from rlsys.engines.sync.verify import SyncError
+from rlsys.rewards.budget import RewardBudgetExceeded
+from rlsys.tracking import summary as summaries
+from rlsys.tracking.display import Display, make_display
+from rlsys.tracking.memory import MemoryMonitor
+from rlsys.tracking.plots import plot_run
+from rlsys.tracking.run import RunFolder
+from rlsys.tracking.secrets import mask
+from rlsys.tracking.trackers import TrackerSet
+from rlsys.workers.groups import ReferenceGroup, RewardGroup, RolloutGroup, TrainerGroup
+from rlsys.workers.waits import ActorFailed, Call, DeadlineExceeded, StopFlag, StopRequested, gather
+
+FINISHED, FAILED, INTERRUPTED = 0, 1, 130
+
+# What ends a run without being a bug: said in words, after a checkpoint where one can still be written.
+_EXPECTED = (DeadlineExceeded, ActorFailed, SyncError, RewardBudgetExceeded, UserError)
+
+
+def run_job(config: RunConfig) -> int:
+    """Trains as ``config`` says.
+
+    Returns:
+        0: finished; 1: failed; 130: stopped by Ctrl-C or SIGTERM with its checkpoint written.
+
+    Raises:
+        UserError: bad input, found before training began.
+    """
+    inputs = check_inputs(config)
+    config = inputs.config
+    origin = find_origin(config)
+    if origin is not None and origin.state.step >= config.steps:
+        raise UserError(
+            f"the run has already done its {origin.state.step} steps",
+            where=str(origin.folder.path),
+            fix=f"set steps to more than {origin.state.step} to train on, or leave resume out for a new run",
+        )
+    trackers_report: list[str] = []
+    trackers = TrackerSet(config.tracker.use, trackers_report.append)
+    folder = origin.folder if origin else RunFolder.create(Path(config.run_root), config.name, config)
+    display = make_display(config.tracker.display)
+    with ExitStack() as stack:
+        stack.enter_context(folder)
+        observers = Observers(folder, trackers, display, stack.enter_context(MemoryMonitor()))
+        stop = stack.enter_context(_signals())
+        display.start(_header(config, inputs, folder, origin))
+        stack.callback(display.close)
+        folder.log_event("resume" if origin else "start", f"step {origin.state.step if origin else 0}")
+        trackers.start(mask(_plain(config)), folder.path)
+        for text in trackers_report:
+            display.note(text)
+        return _supervise(config, inputs, origin, observers, stop)
+
+
+def _supervise(
+    config: RunConfig, inputs: Inputs, origin: Origin | None, observers: Observers, stop: StopFlag
+) -> int:
+    """Runs the job inside its cluster, and turns how it ended into an exit code and a summary."""
+    status, reason = FINISHED, ""
+    try:
+        with connect(config.cluster) as session, _groups(config, session, inputs, stop, observers) as groups:
+            job = _job(config, inputs, origin, observers, stop, groups)
+            try:
+                train(job)
+            except StopRequested:
+                status, reason = INTERRUPTED, "stopped on request"
+                _last_checkpoint(job)
+            except _EXPECTED as error:
+                status, reason = FAILED, str(error)
+                _last_checkpoint(job)
+            if status == FINISHED and config.checkpoint.export:
+                groups.trainer.export_hf(
+                    str(observers.folder.path / "model"), str(inputs.model_folder), _export_dtype(inputs.model_folder)
+                )
+    except StopRequested:
+        status, reason = INTERRUPTED, "stopped on request, before the first step"
+    except (DeadlineExceeded, ActorFailed) as error:
+        status, reason = FAILED, str(error)
+    _finish(config, observers, status, reason)
+    return status
+
+
+def _last_checkpoint(job: Job) -> None:
+    """Saves the last whole step of a run that ends early; where that cannot be done, the one before it stands."""
+    job.stop.grace_s = float("inf")  # asked to stop already; this is the stopping
+    if not job.whole:
+        job.observers.display.note("the last step was half done: its checkpoint is that of the step before")
+        return
+    try:
+        job.checkpoint()
+    except _EXPECTED as error:
+        job.observers.folder.log_event("checkpoint failed", str(error))
+        job.observers.display.note(f"no last checkpoint could be written ({error}); the one before it stands")
+
+
+def _job(
+    config: RunConfig, inputs: Inputs, origin: Origin | None, observers: Observers, stop: StopFlag, groups: Groups
+) -> Job:
+    store = CheckpointStore(observers.folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best)
+    state = origin.state if origin else ControllerState(step=0, lineage=0, data=inputs.prompts.state_dict())
+    job = Job(
+        config=config,
+        groups=groups,
+        prompts=inputs.prompts,
+        held_out=inputs.held_out,
+        store=store,
+        observers=observers,
+        stop=stop,
+        state=state,
+    )
+    channel = PolicyGradient.from_config(
+        config.algorithm,
+        horizon=config.data.max_response_tokens,
+        old_logprobs="column" if needs_old_logprobs(config) else "self",
+    )
+    groups.trainer.set_objective(Objective({"policy": (channel, 1.0)}))
+    if origin is not None:
+        job.restore(origin.checkpoint)
+    return job
+
+
+@contextmanager
+def _groups(
+    config: RunConfig, session: Session, inputs: Inputs, stop: StopFlag, observers: Observers
+) -> Iterator[Groups]:
+    """Starts every actor, all at once, and ends them all on the way out."""
+    deadlines = config.deadlines
+    layout = plan(config, gpus=session.gpus, cores=session.cores)
+    observers.display.phase("start")
+    with ExitStack() as stack:
+        placement = Placement(layout, seconds=deadlines.start)
+        stack.callback(placement.release)
+
+        def group(cls: type[Any]) -> Any:
+            made = cls(placement, deadlines, stop)
+            stack.callback(made.close)
+            return made
+
+        groups = Groups(
+            trainer=group(TrainerGroup),
+            rollout=group(RolloutGroup),
+            reward=group(RewardGroup),
+            reference=group(ReferenceGroup) if needs_reference(config) else None,
+        )
+        calls: list[Call] = [
+            *groups.rollout.starting(config, inputs.max_length),
+            *groups.reward.starting(config),
+            *(groups.reference.starting(config) if groups.reference else []),
+            *groups.trainer.starting(config, total_steps=config.steps * config.trainer.updates_per_step),
+        ]
+        gather(calls, phase="start", seconds=deadlines.start, stop=stop)
+        yield groups
+
+
+@contextmanager
+def _signals() -> Iterator[StopFlag]:
+    """Ctrl-C and SIGTERM ask the run to stop; a second Ctrl-C does not wait for it."""
+    flag = StopFlag()
+
+    def handle(number: int, _frame: object) -> None:
+        if flag.requested_at is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        flag.request()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _finish(config: RunConfig, observers: Observers, status: int, reason: str) -> None:
+    """Summary, picture and last words; none of them can change how the run ended."""
+    word = {FINISHED: "finished", FAILED: "failed", INTERRUPTED: "interrupted"}[status]
+    folder = observers.folder
+    folder.log_event("end", reason or word)
+    summary = summaries.build(
+        folder,
+        name=config.name,
+        seed=config.seed,
+        status=word,  # type: ignore[arg-type]
+        peak_memory_bytes=observers.memory.stop(),
+    )
+    folder.write_summary(summary)
+    observers.trackers.finish(summary)
+    picture = plot_run(folder.path) if folder.metrics.exists() else None
+    observers.display.finish(summary, picture=picture, reason=reason, next_command=_next_command(config, folder, status))

@@ -1,0 +1,217 @@
+"""vLLM's asynchronous engine as a rollout engine.
+
+The engine core (scheduler, model, KV cache) is a process of its own that vLLM starts; this one keeps the event loop. The
+core ends with this process, however it ends. New weights reach the core through anonymous shared memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import AutoTokenizer
+from vllm import AsyncEngineArgs
+from vllm import SamplingParams as VllmSamplingParams
+from vllm.inputs import tokens_input
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from rlsys.batch.versions import WeightVersion
+from rlsys.config.schema import VllmRollout
+from rlsys.engines.rollout.base import check_prompt
+from rlsys.engines.rollout.stopping import end_token_ids
+from rlsys.engines.rollout.vllm_args import check_engine_args
+from rlsys.engines.sync.buckets import Bucket
+from rlsys.engines.sync.verify import SyncError
+from rlsys.environments.base import Sample, SamplingParams
+
+_RECEIVER = "rlsys.engines.rollout.vllm_weights.WeightReceiver"
+
+
+class VllmEngine:
+    """One vLLM engine on this machine's GPU, or on its CPU; see :class:`rlsys.engines.rollout.base.RolloutEngine`.
+
+    Made by :meth:`start`, from inside the event loop that will use it.
+    """
+
+    def __init__(self, engine: AsyncLLM, *, max_length: int, end_ids: tuple[int, ...]):
+        self.version = WeightVersion(0, 0)
+        self._engine = engine
+        self._max_length = max_length
+        self._end_ids = end_ids
+        self._request_ids = itertools.count()
+        self._updating = asyncio.Lock()
+        self._broken: str | None = None
+
+    @classmethod
+    async def start(
+        cls, model_path: str, config: VllmRollout, *, max_length: int, seed: int = 0, threads: int | None = None
+    ) -> VllmEngine:
+        """Loads the model and is ready to sample; blocks the event loop until then (about 10 s on a CPU).
+
+        Args:
+            model_path: a Hugging Face folder or hub id.
+            config: the run's rollout group.
+            max_length: longest prompt + response in tokens.
+            seed: vLLM's own seed; each sample has one of its own besides.
+            threads: CPU threads of the model's kernels; None: one a core that this process may use.
+
+        Raises:
+            UserError: ``config.engine_args`` names something that vLLM lacks or rlsys decides.
+        """
+        arguments = engine_arguments(model_path, config, max_length=max_length, seed=seed)
+        with core_environment(threads or len(os.sched_getaffinity(0)), eager=config.enforce_eager):
+            engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        end_ids = end_token_ids(model_path, AutoTokenizer.from_pretrained(model_path))
+        started = cls(engine, max_length=max_length, end_ids=end_ids)
+        await engine.update_weight_version(str(started.version.packed()))
+        return started
+
+    async def generate(self, token_ids: list[int], params: SamplingParams) -> Sample:
+        check_prompt(token_ids, self._max_length)
+        if self._broken:
+            raise SyncError(self._broken)
+        final: RequestOutput | None = None
+        request = tokens_input(prompt_token_ids=token_ids)
+        async for output in self._engine.generate(request, self._vllm_params(params), str(next(self._request_ids))):
+            final = output
+        if final is None or final.outputs[0].finish_reason not in ("stop", "length"):
+            raise SyncError(self._broken or "the sampler gave up a sequence under way")
+        return _sample(final)
+
+    async def checksum(self) -> str:
+        return await self._rpc("rlsys_checksum")
+
+    async def update_weights(self, buckets: Iterable[Bucket], version: WeightVersion) -> str:
+        async with self._updating:
+            if self._broken:
+                raise SyncError(self._broken)
+            await self._engine.pause_generation(mode="wait", clear_cache=True)
+            try:
+                checksum = await self._load(buckets)
+                await self._engine.update_weight_version(str(version.packed()))
+            except BaseException as error:
+                self._broken = f"an update to {tuple(version)} broke off half-way ({error!r}): the sampler must be restarted"
+                await self._engine.pause_generation(mode="abort", clear_cache=False)
+                raise SyncError(self._broken) from error
+            self.version = version
+            await self._engine.resume_generation()
+            return checksum
+
+    async def close(self) -> None:
+        self._engine.shutdown()
+
+    async def _load(self, buckets: Iterable[Bucket]) -> str:
+        await self._rpc("rlsys_begin_update")
+        for bucket in buckets:
+            with _shared(bucket) as path:
+                entries = [(e.name, e.dtype, list(e.shape), e.offset) for e in bucket.entries]
+                await self._rpc("rlsys_load_bucket", path, entries)
+        return await self._rpc("rlsys_finish_update")
+
+    async def _rpc(self, method: str, *args: Any) -> Any:
+        (answer,) = await self._engine.collective_rpc(method, args=args)
+        return answer
+
+    def _vllm_params(self, params: SamplingParams) -> VllmSamplingParams:
+        return VllmSamplingParams(
+            temperature=params.temperature,
+            max_tokens=params.max_tokens,
+            seed=params.seed,
+            stop=list(params.stop),
+            stop_token_ids=sorted({*self._end_ids, *params.stop_token_ids}),
+            # Neutral by name, so that no default of a model or of vLLM ever truncates the distribution.
+            top_p=1.0,
+            top_k=0,
+            min_p=0.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            repetition_penalty=1.0,
+            logprobs=0,  # of the sampled token only
+            detokenize=bool(params.stop),
+            include_stop_str_in_output=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
+
+
+def engine_arguments(model_path: str, config: VllmRollout, *, max_length: int, seed: int) -> dict[str, Any]:
+    """vLLM's engine arguments for a training sampler: what ``config`` says, over it what the contract demands."""
+    check_engine_args(config.engine_args, {field.name for field in dataclasses.fields(AsyncEngineArgs)})
+    if current_platform.is_cpu():
+        memory: dict[str, Any] = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
+    else:
+        memory = {"gpu_memory_utilization": config.gpu_memory_fraction}
+    defaults = {"enable_prefix_caching": True, "disable_log_stats": True, "use_tqdm_on_load": False}
+    owned = {
+        "model": model_path,
+        "dtype": config.dtype,
+        "seed": seed,
+        "max_model_len": max_length,
+        "max_num_seqs": config.max_concurrent,
+        "enforce_eager": config.enforce_eager,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "trust_remote_code": False,
+        "worker_extension_cls": _RECEIVER,
+    }
+    return {**defaults, **config.engine_args, **memory, **owned}
+
+
+@contextmanager
+def core_environment(threads: int, *, eager: bool) -> Iterator[None]:
+    """Environment variables that vLLM reads only from the environment, set while its core process is started.
+
+    On a CPU, vLLM would start a third process and pin the model's threads to all cores but one; here model and scheduler
+    share the core process, with ``threads`` threads that the kernel may place. Compiling sampling code with the machine's C++
+    compiler costs 10 s at the first token and gains nothing on a small batch, so ``eager`` turns that off too.
+    """
+    before = dict(os.environ)
+    os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    if current_platform.is_cpu():
+        os.environ.update(
+            VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS=str(threads)
+        )
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the configured size
+        if eager:
+            os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextmanager
+def _shared(bucket: Bucket) -> Iterator[str]:
+    """The bucket's bytes in anonymous shared memory, as a path that a process of the same user can open meanwhile."""
+    descriptor = os.memfd_create("rlsys-weights")
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(memoryview(bucket.data))
+        yield f"/proc/{os.getpid()}/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
+def _sample(output: RequestOutput) -> Sample:
+    completion = output.outputs[0]
+    token_ids = list(completion.token_ids)
+    logprobs = [step[token].logprob for token, step in zip(token_ids, completion.logprobs, strict=True)]
+    versions = [
+        WeightVersion.unpack(int(span.weight_version))
+        for span in completion.weight_versions
+        for _ in range(span.start, span.end)
+    ]
+    return Sample(token_ids, logprobs, versions, completion.finish_reason)

@@ -1,0 +1,72 @@
+"""The ranks' process group, and the few numbers that they reduce over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from rlsys.algorithms.objective import ObjectiveSums, SumCount
+
+
+def init_process_group(rank: int, world_size: int, master_addr: str, port: int, *, timeout_s: float) -> None:
+    """Meets the other ranks: NCCL between GPUs, gloo between CPUs.
+
+    Args:
+        rank, world_size: of this process, from 0, and of all.
+        master_addr, port: where rank 0 listens; the same on every rank.
+        timeout_s: how long a rank waits for the others, here and in every collective, before it raises.
+    """
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        init_method=f"tcp://{master_addr}:{port}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def training_device() -> torch.device:
+    """The process's current GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def reduce_floats(values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
+    """Element-wise over ranks, on the CPU, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, op=op)
+    return tensor.tolist()
+
+
+class Meter:
+    """Metrics of one pass over a batch: added up over micro-batches on the device, reduced over ranks once at the end."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, SumCount] = {}
+        self._maxima: dict[str, torch.Tensor] = {}
+
+    def add(self, result: ObjectiveSums) -> None:
+        """Takes one micro-batch's metrics. Every rank adds at least one, and all have the same names."""
+        for name, value in result.totals.items():
+            self._totals[name] = self._totals.get(name, 0.0) + value.double()
+        for name, (value, count) in result.sums.items():
+            before = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (before[0] + value.double(), before[1] + count.double())
+        for name, value in result.maxima.items():
+            self._maxima[name] = torch.maximum(self._maxima.get(name, value), value)
+
+    def reduce(self) -> dict[str, float]:
+        """Over all ranks: totals and sum / count (0 where nothing was counted), and maxima."""
+        columns = [*self._totals.values(), *(v for pair in self._sums.values() for v in pair)]
+        reduced = iter(reduce_floats(torch.stack(columns).tolist(), dist.ReduceOp.SUM))
+        metrics = {name: next(reduced) for name in self._totals}
+        for name in self._sums:
+            value, count = next(reduced), next(reduced)
+            metrics[name] = value / count if count else 0.0
+        if self._maxima:
+            largest = torch.stack([value.double() for value in self._maxima.values()]).tolist()
+            metrics |= dict(zip(self._maxima, reduce_floats(largest, dist.ReduceOp.MAX), strict=True))
+        return metrics

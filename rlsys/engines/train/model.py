@@ -1,0 +1,160 @@
+"""The policy as a module: token ids in, log-probs and entropy of chosen tokens out. Trainer and reference share it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from rlsys.algorithms.logprobs import token_logprobs
+from rlsys.config.errors import UserError
+from rlsys.config.schema import ModelConfig
+
+# What some families do to the logits after the head, which token_logprobs does not.
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class PolicyModel(nn.Module):
+    """A causal language model and the head's log-probs in one forward, so that a sharded head is whole when it is used."""
+
+    def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk: int):
+        super().__init__()
+        self.lm = lm
+        self._temperature, self._chunk = temperature, chunk
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        entropy_gradient: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-prob and entropy of each target.
+
+        No attention mask: rows are padded on the right, and under causal attention no token sees what is to its right.
+
+        Args:
+            input_ids: [b, T] int64, right-padded with any valid id.
+            positions: [N] int64 into the b·T inputs: the one after which each target comes.
+            targets: [N] int64.
+            entropy_gradient: whether the entropy carries a gradient.
+
+        Returns:
+            log-probs [N] and entropy [N], float32.
+        """
+        hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        head = self.lm.get_output_embeddings()
+        return token_logprobs(
+            hidden.flatten(0, 1).index_select(0, positions),
+            head.weight,
+            head.bias,
+            targets,
+            temperature=self._temperature,
+            chunk=self._chunk,
+            entropy_gradient=entropy_gradient,
+        )
+
+
+def load_causal_lm(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model at ``model.path`` (a folder or a hub id) on the CPU, in ``dtype``, without dropout, in evaluation mode.
+
+    Raises:
+        UserError: no such folder, no config, no or incomplete weights, an architecture whose log-probs would be wrong.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    config = _load_config(model)
+    try:
+        lm, report = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=model.attention,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no model can be loaded from {model.path}: {error}",
+            where="model.path",
+            fix="a Hugging Face folder has config.json and model.safetensors (or its parts and their index)",
+        ) from error
+    except ImportError as error:
+        raise UserError(
+            f"{model.attention} is not available: {error}", where="model.attention", fix="use sdpa"
+        ) from error
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        raise UserError(
+            f"the weights at {model.path} lack {len(names)} tensors: {', '.join(names[:5])}" + " …" * (len(names) > 5),
+            where="model.path",
+            fix="the folder's config.json and its weights do not belong together, or a part of the weights is missing",
+        )
+    _check_head(lm, model.path)
+    return lm.eval()
+
+
+def context_length(lm: PreTrainedModel, model: ModelConfig) -> int:
+    """Longest prompt and response together, in tokens: ``model.max_length``, or what the model's config allows."""
+    allowed = getattr(lm.config, "max_position_embeddings", None)
+    if model.max_length is None:
+        return allowed or 1 << 30
+    if allowed is not None and model.max_length > allowed:
+        raise UserError(
+            f"model.max_length is {model.max_length}, and the model at {model.path} has {allowed} positions",
+            where="model.max_length",
+            fix=f"set model.max_length={allowed} or less",
+        )
+    return model.max_length
+
+
+def _load_config(model: ModelConfig) -> PretrainedConfig:
+    folder = Path(model.path).expanduser()
+    looks_like_path = folder.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") > 1
+    if looks_like_path and not folder.is_dir():
+        raise UserError(f"there is no folder {folder}", where="model.path", fix="check the path")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} has no config.json",
+            where="model.path",
+            fix="give the Hugging Face folder of a causal language model",
+        )
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} has no weights (*.safetensors)",
+            where="model.path",
+            fix="give a folder with model.safetensors; weights in pickle files (*.bin) are not read: convert them first",
+        )
+    try:
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model config can be read at {model.path}: {error}", where="model.path") from error
+    return _without_dropout(config)
+
+
+def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """The log-probs that are trained on are those of the policy that was sampled, and sampling drops nothing."""
+    changes: dict[str, Any] = {
+        name: 0.0
+        for name, value in config.to_dict().items()
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float)
+    }
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def _check_head(lm: PreTrainedModel, path: str) -> None:
+    transforms = [name for name in _LOGIT_TRANSFORMS if getattr(lm.config, name, None) not in (None, 1, 1.0)]
+    if transforms:
+        raise UserError(
+            f"the model at {path} changes its logits after the head ({', '.join(transforms)}), which is not supported",
+            where="model.path",
+            fix="use a model of another family (Qwen2, Qwen3, Llama, …)",
+        )
+    if not isinstance(lm.get_output_embeddings(), nn.Linear):
+        raise UserError(f"the model at {path} has no linear language-model head", where="model.path")

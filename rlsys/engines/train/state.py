@@ -1,0 +1,162 @@
+"""A trainer rank's state on disk: weights and moments as shards, steps and random-number generators beside them.
+
+model-00001-of-00002.safetensors      this rank's rows of every weight
+optimizer-00001-of-00002.safetensors  of AdamW's moments, as exp_avg/NAME and exp_avg_sq/NAME (after the first step)
+rng-00001-of-00002.safetensors        generators of torch, CUDA, numpy and Python
+trainer.json                          {"optimizer_steps": …, "ranks": …}
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from rlsys.checkpoint.shards import Shard, ShardReader, write_shards
+from rlsys.config.errors import UserError
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_PROGRESS = "trainer.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A checkpoint folder and which of its writers or readers this process is."""
+
+    folder: Path
+    rank: int
+    ranks: int
+
+    @property
+    def rng(self) -> Path:
+        return self.folder / f"rng-{self.rank + 1:05d}-of-{self.ranks:05d}.safetensors"
+
+
+def save(place: Place, parameters: dict[str, DTensor], optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Writes this rank's files; rank 0 also the ranks' common one.
+
+    Args:
+        parameters: sharded along dimension 0, by name.
+        optimizer: AdamW over them.
+        steps: optimiser steps taken.
+    """
+    weights = {name: _shard(place, parameter) for name, parameter in parameters.items()}
+    write_shards(place.folder, "model", place.rank, place.ranks, weights)
+    if steps:
+        moments = {
+            f"{moment}/{name}": _shard(place, optimizer.state[parameter][moment])
+            for name, parameter in parameters.items()
+            for moment in _MOMENTS
+        }
+        write_shards(place.folder, "optimizer", place.rank, place.ranks, moments)
+    _save_rng(place.rng)
+    if place.rank == 0:
+        (place.folder / _PROGRESS).write_text(json.dumps({"optimizer_steps": steps, "ranks": place.ranks}))
+
+
+def load(place: Place, parameters: dict[str, DTensor], optimizer: torch.optim.Optimizer, seed: int) -> int:
+    """Reads what :func:`save` wrote on any number of ranks, into the parameters and the optimiser.
+
+    Returns:
+        Optimiser steps taken.
+
+    Raises:
+        UserError: not a trainer's checkpoint, or one of another model.
+    """
+    progress = _read_progress(place.folder)
+    steps = progress["optimizer_steps"]
+    with ShardReader(place.folder, "model") as reader:
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        if reader.shapes != shapes:
+            other = sorted(set(reader.shapes.items()) ^ set(shapes.items()))
+            raise UserError(
+                f"the checkpoint is of another model: '{other[0][0]}' differs",
+                where=str(place.folder),
+                fix="check model.path",
+            )
+        for name, parameter in parameters.items():
+            _fill(place, parameter, reader, name)
+    optimizer.state.clear()
+    if steps:
+        with ShardReader(place.folder, "optimizer") as reader:
+            for name, parameter in parameters.items():
+                entry: dict[str, torch.Tensor] = {
+                    "step": torch.tensor(float(steps), dtype=torch.float32, device=parameter.device)
+                }
+                for moment in _MOMENTS:
+                    entry[moment] = torch.zeros_like(parameter)
+                    _fill(place, entry[moment], reader, f"{moment}/{name}")
+                optimizer.state[parameter] = entry
+    if progress["ranks"] == place.ranks:
+        _load_rng(place.rng)
+    else:
+        seed_generators(seed, place.rank, steps)
+    return steps
+
+
+def seed_generators(seed: int, rank: int, steps: int) -> None:
+    """Seeds torch, CUDA, numpy and Python, differently on each rank and after each number of optimiser steps."""
+    words = [int(word) for word in np.random.SeedSequence([seed, rank, steps]).generate_state(3)]
+    torch.manual_seed(words[0])
+    np.random.seed(words[1])
+    random.seed(words[2])
+
+
+def _rows(place: Place, length: int) -> tuple[int, int]:
+    """FSDP2's slice of ``length`` rows: equal chunks, rounded up, so that the last ranks may have fewer or none."""
+    chunk = -(-length // place.ranks)
+    return min(place.rank * chunk, length), min((place.rank + 1) * chunk, length)
+
+
+def _shard(place: Place, tensor: DTensor) -> Shard:
+    return Shard(tensor.detach().to_local(), tuple(tensor.shape), _rows(place, tensor.shape[0])[0])
+
+
+@torch.no_grad()
+def _fill(place: Place, tensor: DTensor, reader: ShardReader, name: str) -> None:
+    tensor.to_local().copy_(reader.read(name, *_rows(place, tensor.shape[0])))
+
+
+def _read_progress(folder: Path) -> dict[str, int]:
+    try:
+        return json.loads((folder / _PROGRESS).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"no trainer state: {error}", where=str(folder / _PROGRESS)) from error
+
+
+def _save_rng(path: Path) -> None:
+    version, python_state, python_gauss = random.getstate()
+    name, numpy_state, position, has_gauss, numpy_gauss = np.random.get_state(legacy=True)
+    scalars: dict[str, Any] = {
+        "python": [version, python_gauss],
+        "numpy": [name, int(position), int(has_gauss), float(numpy_gauss)],
+    }
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(numpy_state.astype(np.int64)),
+        "python": torch.tensor(python_state, dtype=torch.int64),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    save_file(tensors, path, metadata={"scalars": json.dumps(scalars)})
+
+
+def _load_rng(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        scalars = json.loads(file.metadata()["scalars"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    version, python_gauss = scalars["python"]
+    name, position, has_gauss, numpy_gauss = scalars["numpy"]
+    random.setstate((version, tuple(tensors["python"].tolist()), python_gauss))
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, numpy_gauss))
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])

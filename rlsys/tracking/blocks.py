@@ -1,0 +1,161 @@
+"""What both displays show at the start and at the end, and how figures are written for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from rlsys.config.schema import RunConfig
+
+ACCENT = "cyan"
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None or math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """``8.4 s``, ``1 min 32 s``, ``2 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(amount: float) -> str:
+    """Bytes as ``3.4 GiB``."""
+    unit = "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024 or unit == "TiB":
+            break
+        amount /= 1024
+    return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def count(number: float) -> str:
+    """``812``, ``5,210``, ``1.24 M``, ``7.6 B``."""
+    for limit, unit in ((1e9, "B"), (1e6, "M")):
+        if number >= limit:
+            return f"{number / limit:.3g} {unit}"
+    return f"{number:,.0f}"
+
+
+def figure(value: float) -> str:
+    """Three digits that mean something, whatever the magnitude."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.3f}" if value == 0 or 0.001 <= abs(value) < 1000 else f"{value:.1e}"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The last values as a line of little bars, the newest at the right, averaged into at most ``width`` bins."""
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < 2:
+        return ""
+    bins = min(width, len(finite))
+    edges = [round(i * len(finite) / bins) for i in range(bins + 1)]
+    means = [math.fsum(finite[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    low, high = min(means), max(means)
+    span = high - low or 1.0
+    return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in means)
+
+
+def header_rows(
+    config: RunConfig,
+    *,
+    parameters: int,
+    training_problems: int | None,
+    held_out_problems: int,
+    ranks: int,
+    cluster: str,
+    run_folder: Path,
+    resumed_step: int | None = None,
+) -> dict[str, str]:
+    """What will be trained on what, for :meth:`Display.start`.
+
+    Args:
+        parameters: of the model.
+        training_problems: None: endless.
+        ranks: trainer processes.
+        cluster: in a few words (``local Ray, 2 CPUs``).
+        resumed_step: the step that the run goes on from.
+    """
+    data, rollout, algorithm = config.data, config.rollout, config.algorithm
+    kl = f" · KL {algorithm.kl.coef:g} ({algorithm.kl.estimator}, in the {algorithm.kl.placement})"
+    samples = data.prompts_per_step * rollout.samples_per_prompt
+    training = "endless" if training_problems is None else count(training_problems)
+    rows = {
+        "model": f"{config.model.path} · {count(parameters)} parameters · {config.model.dtype}",
+        "data": f"{data.kind} · {training} training problems · {count(held_out_problems)} held out",
+        "reward": " + ".join(config.reward.parts),
+        "batch": f"{data.prompts_per_step} prompts × {rollout.samples_per_prompt} samples = {samples} responses a step, "
+        f"at most {rollout.max_response_tokens} tokens each",
+        "algorithm": f"{algorithm.advantage} · {algorithm.loss} · {algorithm.aggregation} · lr {config.trainer.lr:g}"
+        + (kl if algorithm.kl.coef else ""),
+        "steps": f"{config.steps} · seed {config.seed}"
+        + (f" · resumed after step {resumed_step}" if resumed_step is not None else ""),
+        "cluster": f"{cluster} · trainer: {ranks} × {config.trainer.backend} · sampler: {rollout.workers} × {rollout.engine}",
+        "run folder": str(run_folder),
+    }
+    return rows
+
+
+def header_block(title: str, rows: Mapping[str, str]) -> RenderableType:
+    """The block at the start."""
+    return Panel(_grid(rows), title=Text(title, f"bold {ACCENT}"), title_align="left", border_style=ACCENT, expand=True)
+
+
+def summary_block(summary: Mapping[str, Any], plot: Path | None, next_command: str | None) -> RenderableType:
+    """The block at the end: what came of it, and what to do next.
+
+    Args:
+        summary: content of ``summary.json``.
+        plot: the picture of the learning curves.
+        next_command: the same run on a real model and a GPU; printed under the block, unbroken, to be copied.
+    """
+    before, after = summary.get("eval/initial_accuracy"), summary.get("eval/final_accuracy")
+    rows: dict[str, str | Text] = {}
+    if before is not None and after is not None:
+        gain = 100 * (after - before)
+        rows["held-out accuracy"] = Text.assemble(
+            percent(before),
+            " → ",
+            (percent(after), "bold green" if gain > 0 else "bold red"),
+            f"   ({gain:+.1f} points)",
+        )
+    rows["steps"] = f"{summary['steps']} in {duration(summary['wall_s'])}"
+    rate = summary.get("tokens_per_s")
+    rows["tokens"] = f"{count(summary['tokens_generated'])} sampled · {count(summary['tokens_trained'])} trained" + (
+        f" · {count(rate)} tokens/s" if rate else ""
+    )
+    mismatch = summary.get("mismatch/logprob_abs_mean_max")
+    if mismatch is not None:
+        rows["sampler vs. trainer"] = f"log-probs differ by {figure(mismatch)} at most (mean over a step)"
+    rows["peak memory"] = f"{size(summary['peak_memory_bytes'])}, all processes together"
+    rows["run folder"] = str(summary["run_folder"])
+    if plot is not None:
+        rows["learning curves"] = str(plot)
+    status = summary["status"]
+    colour = {"finished": "green", "interrupted": "yellow", "failed": "red"}[status]
+    title = Text(f"{summary['name']}: {status}", f"bold {colour}")
+    parts: list[RenderableType] = [Panel(_grid(rows), title=title, title_align="left", border_style=colour)]
+    if next_command:
+        parts += [Text("The same on a real model and a GPU:", "bold"), Text(f"  {next_command}", no_wrap=True)]
+    return Group(*parts)
+
+
+def _grid(rows: Mapping[str, str | Text]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows.items():
+        grid.add_row(name, value)
+    return grid

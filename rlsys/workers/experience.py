@@ -1,0 +1,147 @@
+"""A step's experience as the driver sees it: references of columns, and a few numbers a row."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+
+from rlsys.algorithms.advantages import group_index
+from rlsys.batch import DataProto
+from rlsys.batch.balance import balanced_partitions
+from rlsys.config.schema import DeadlineConfig
+from rlsys.workers.groups import ReferenceGroup, RewardGroup, RolloutGroup
+from rlsys.workers.reward import RewardSummary
+from rlsys.workers.rollout import RolloutSummary, SampleRequest
+from rlsys.workers.trainer import Slice
+from rlsys.workers.waits import Call, StopFlag, as_completed, gather
+
+_SHARDS_PER_WORKER = 4  # so that rewards of the first are computed while the last is still sampled
+
+
+@dataclass(frozen=True)
+class Shard:
+    """columns: references of DataProtos with the same rows: rollout, rewards and, where one runs, reference."""
+
+    columns: tuple[ray.ObjectRef, ...]
+    rollout: RolloutSummary
+    reward: RewardSummary
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Whole prompt groups, in the order of the prompts. Rows are numbered over all shards.
+
+    seconds: how long the last shard of each stage took after the last of the stage before.
+    """
+
+    shards: list[Shard]
+    seconds: dict[str, float]
+
+    def __len__(self) -> int:
+        return sum(len(shard.rollout) for shard in self.shards)
+
+    def rollout(self, name: str) -> np.ndarray:
+        """[B] one field of the rollout summaries."""
+        return np.concatenate([getattr(shard.rollout, name) for shard in self.shards])
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """[B] float32"""
+        return np.concatenate([shard.reward.rewards for shard in self.shards])
+
+    def scores(self, part: str) -> np.ndarray:
+        """[B] float64, NaN where the part's condition did not hold."""
+        return np.concatenate([shard.reward.scores[part] for shard in self.shards])
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[B] prompt and response tokens of a row."""
+        return self.rollout("prompt_lengths") + self.rollout("response_lengths")
+
+    def failures(self) -> list[dict]:
+        return [failure for shard in self.shards for failure in shard.reward.failures]
+
+    def slices(self, rows: np.ndarray, columns: Sequence[int]) -> list[Slice]:
+        """Global rows (ascending) as slices of their shards, with the columns at these positions."""
+        pieces, start = [], 0
+        for shard in self.shards:
+            inside = rows[(rows >= start) & (rows < start + len(shard.rollout))] - start
+            if len(inside):
+                pieces.append(Slice(tuple(shard.columns[c] for c in columns), inside))
+            start += len(shard.rollout)
+        return pieces
+
+
+def collect(
+    prompts: DataProto,
+    request: SampleRequest,
+    rollout: RolloutGroup,
+    reward: RewardGroup,
+    reference: ReferenceGroup | None,
+    deadlines: DeadlineConfig,
+    stop: StopFlag,
+    *,
+    record_rows: int = 0,
+    shards_per_worker: int = _SHARDS_PER_WORKER,
+) -> Experience:
+    """prompts → rollout → reward and reference, each of which starts on a shard as soon as it has been sampled.
+
+    Args:
+        record_rows: so many rows, from the first, come back in full for people to read.
+        shards_per_worker: 1 keeps the composition of the sampler's batches the same from run to run.
+    """
+    clock = [time.monotonic()]
+    pieces = list(_cut(prompts, len(rollout) * shards_per_worker))
+    calls = rollout.generate(pieces, request)
+    order = {call.ref: index for index, call in enumerate(calls)}
+    sampled: dict[int, RolloutSummary] = {}
+    columns: dict[int, tuple[ray.ObjectRef, ...]] = {}
+    scoring: list[Call] = []
+    rows_before = np.cumsum([0, *(len(piece) * request.samples for piece in pieces)])
+    for call, summary in as_completed(calls, phase="rollout", seconds=deadlines.rollout, stop=stop):
+        index = order[call.ref]
+        sampled[index] = summary
+        wanted = int(np.clip(record_rows - rows_before[index], 0, len(summary)))
+        rewards, scored = reward.score(call.payload, record_rows=wanted, payload=index)
+        scoring.append(scored)
+        columns[index] = (call.payload, rewards)
+        if reference is not None:
+            columns[index] += (reference.logprobs(call.payload),)
+    clock.append(time.monotonic())
+    answers = gather(scoring, phase="reward", seconds=deadlines.reward, stop=stop)
+    scores = {call.payload: answer for call, answer in zip(scoring, answers, strict=True)}
+    clock.append(time.monotonic())
+    if reference is not None:
+        waiting = [Call(columns[i][2], "reference worker 0", "reference log-probs of a shard") for i in columns]
+        for _ in as_completed(waiting, phase="reference", seconds=deadlines.reference, stop=stop, values=False):
+            pass
+    clock.append(time.monotonic())
+    seconds = dict(zip(("rollout", "reward", "reference"), np.diff(clock).tolist(), strict=True))
+    return Experience([Shard(columns[i], sampled[i], scores[i]) for i in sorted(sampled)], seconds)
+
+
+def _cut(prompts: DataProto, shards: int) -> Iterator[DataProto]:
+    """At most ``shards`` nearly equal runs of consecutive prompts."""
+    for rows in np.array_split(np.arange(len(prompts)), min(shards, len(prompts))):
+        yield prompts.select_idxs(rows)
+
+
+def assign(experience: Experience, *, ranks: int, updates: int) -> list[list[np.ndarray]]:
+    """Divides whole prompt groups over optimiser steps (in order) and, within each, over ranks (balanced by tokens).
+
+    Returns:
+        [rank][update] → global rows, ascending. A rank may have none.
+    """
+    groups, tokens = group_index(list(experience.rollout("uids"))).numpy(), experience.tokens
+    rows_of = [np.flatnonzero(groups == g) for g in range(groups.max() + 1)]
+    result: list[list[np.ndarray]] = [[] for _ in range(ranks)]
+    for members in np.array_split(np.arange(len(rows_of)), updates):
+        sizes = [int(tokens[rows_of[g]].sum()) for g in members]
+        for rank, part in enumerate(balanced_partitions(sizes, ranks)):
+            rows = [rows_of[members[p]] for p in part]
+            result[rank].append(np.sort(np.concatenate(rows)) if rows else np.empty(0, dtype=np.int64))
+    return result

@@ -1,0 +1,224 @@
+"""Worker groups: the driver's side of the four kinds of actor. They hand out calls and know every deadline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from rlsys.algorithms.objective import Objective
+from rlsys.batch import DataProto
+from rlsys.batch.versions import WeightVersion
+from rlsys.cluster.placement import ActorSpec
+from rlsys.cluster.session import Placement
+from rlsys.config.schema import DeadlineConfig, RunConfig
+from rlsys.engines.sync.verify import check_sync
+from rlsys.workers.reference import ReferenceWorker
+from rlsys.workers.reward import RewardSummary, RewardWorker
+from rlsys.workers.rollout import RolloutSummary, RolloutWorker, SampleRequest
+from rlsys.workers.trainer import ForwardSummary, Slice, TrainerWorker
+from rlsys.workers.waits import ActorFailed, Call, DeadlineExceeded, StopFlag, gather
+
+_CLOSE_S = 5.0
+
+
+@dataclass(frozen=True)
+class _Actor:
+    spec: ActorSpec
+    handle: Any
+
+    def call(self, method: str, *args: Any, what: str, payload: Any = None, **kwargs: Any) -> Call:
+        return Call(getattr(self.handle, method).remote(*args, **kwargs), self.spec.name, what, payload)
+
+
+class _Group:
+    """Actors of one role."""
+
+    role: str
+    worker: type
+
+    def __init__(self, placement: Placement, deadlines: DeadlineConfig, stop: StopFlag, **extra_options: Any):
+        self._deadlines, self._stop = deadlines, stop
+        specs = placement.plan.of(self.role)
+        remote = ray.remote(self.worker)
+        self._actors = [
+            _Actor(spec, remote.options(**placement.options(spec), **extra_options).remote(*self._arguments(spec, len(specs))))
+            for spec in specs
+        ]
+
+    def __len__(self) -> int:
+        return len(self._actors)
+
+    def _arguments(self, spec: ActorSpec, count: int) -> tuple[Any, ...]:
+        return ()
+
+    def _gather(self, calls: list[Call], phase: str, *, stop: bool = True) -> list[Any]:
+        return gather(
+            calls, phase=phase, seconds=getattr(self._deadlines, phase), stop=self._stop if stop else None
+        )
+
+    def close(self) -> None:
+        """Asks every actor to end its own processes, then ends the actor; one that does not answer is killed."""
+        calls = [actor.call("close", what="closing") for actor in self._actors]
+        try:
+            gather(calls, phase="close", seconds=_CLOSE_S)
+        except (ActorFailed, DeadlineExceeded):
+            pass  # ended below all the same; the run's own error, if any, is the one to report
+        finally:
+            for actor in self._actors:
+                ray.kill(actor.handle)
+
+
+class RolloutGroup(_Group):
+    role, worker = "rollout", RolloutWorker
+
+    def __init__(self, placement: Placement, deadlines: DeadlineConfig, stop: StopFlag):
+        super().__init__(placement, deadlines, stop, max_concurrency=1000)
+        self._sampler_checksum: str | None = None
+        self._sender_checksum: str | None = None
+
+    def starting(self, config: RunConfig, max_length: int) -> list[Call]:
+        return [
+            a.call(
+                "start",
+                config.model.path,
+                config.rollout,
+                max_length=max_length,
+                max_tokens=config.data.max_response_tokens,
+                threads=a.spec.threads,
+                what="loading the sampler",
+            )
+            for a in self._actors
+        ]
+
+    def generate(self, shards: Iterable[DataProto], request: SampleRequest) -> list[Call]:
+        """One call a shard, dealt round over the workers; the payload is the reference of the shard's columns."""
+        calls = []
+        for index, shard in enumerate(shards):
+            actor = self._actors[index % len(self._actors)]
+            batch, summary = actor.handle.generate.options(num_returns=2).remote(shard, request)
+            calls.append(Call(summary, actor.spec.name, f"{len(shard) * request.samples} responses", batch))
+        return calls
+
+    def update_weights(self, buckets: list[ray.ObjectRef], version: WeightVersion, checksum: str) -> None:
+        """Hands the trainer's weights to every sampler and checks that they arrived.
+
+        Raises:
+            SyncError: a sampler's checksum is not the sender's.
+        """
+        calls = [a.call("update_weights", buckets, version, what=f"weights of step {version.step}") for a in self._actors]
+        for call, sampler in zip(calls, self._gather(calls, "sync"), strict=True):
+            check_sync(
+                sender_before=self._sender_checksum,
+                sender_after=checksum,
+                sampler_before=self._sampler_checksum,
+                sampler_after=sampler,
+                sampler=call.actor,
+            )
+        self._sender_checksum = self._sampler_checksum = checksum
+
+
+class RewardGroup(_Group):
+    role, worker = "reward", RewardWorker
+
+    def starting(self, config: RunConfig) -> list[Call]:
+        return [
+            a.call("start", config.model.path, config.reward, what="starting reward processes") for a in self._actors
+        ]
+
+    def score(self, batch: ray.ObjectRef, *, record_rows: int, payload: Any) -> tuple[ray.ObjectRef, Call]:
+        """The reference of the shard's reward columns, and the call whose answer is its RewardSummary."""
+        actor = self._actors[0]
+        columns, summary = actor.handle.score.options(num_returns=2).remote(batch, record_rows)
+        return columns, Call(summary, actor.spec.name, "rewards of a shard", payload)
+
+
+class ReferenceGroup(_Group):
+    role, worker = "reference", ReferenceWorker
+
+    def starting(self, config: RunConfig) -> list[Call]:
+        return [
+            a.call(
+                "start",
+                config.model,
+                config.trainer,
+                temperature=config.rollout.temperature,
+                threads=a.spec.threads,
+                what="loading the reference",
+            )
+            for a in self._actors
+        ]
+
+    def logprobs(self, batch: ray.ObjectRef) -> ray.ObjectRef:
+        """The reference of the shard's column ``ref_logprobs``."""
+        return self._actors[0].handle.logprobs.remote(batch)
+
+
+class TrainerGroup(_Group):
+    """The verbs: forward, forward_backward, optim_step, save_state, load_state, export_weights."""
+
+    role, worker = "trainer", TrainerWorker
+
+    def _arguments(self, spec: ActorSpec, count: int) -> tuple[Any, ...]:
+        return spec.index, count
+
+    def starting(self, config: RunConfig, *, total_steps: int) -> list[Call]:
+        address = self._gather([self._actors[0].call("address", what="its address")], "start")[0]
+        return [
+            a.call(
+                "start",
+                address,
+                config.model,
+                config.trainer,
+                temperature=config.rollout.temperature,
+                total_steps=total_steps,
+                seed=config.seed,
+                threads=a.spec.threads,
+                collective_timeout_s=self._deadlines.train,
+                what="loading the trainer",
+            )
+            for a in self._actors
+        ]
+
+    def set_objective(self, objective: Objective) -> None:
+        self._all("set_objective", objective, phase="start", what="the objective")
+
+    def load_batch(self, ranks: list[list[list[Slice]]]) -> None:
+        """ranks[r][u]: the slices of rank r in optimiser step u."""
+        self._gather(
+            [a.call("load_batch", ranks[a.spec.index], what="its rows") for a in self._actors], "train"
+        )
+
+    def forward(self, *, reference_kl: bool) -> list[ForwardSummary]:
+        return self._all("forward", reference_kl=reference_kl, phase="train", what="old log-probs")
+
+    def forward_backward(self, update: int, columns: list[dict[str, Any]]) -> dict[str, float]:
+        """columns[r]: per-sample values of rank r's rows."""
+        calls = [
+            a.call("forward_backward", update, columns[a.spec.index], what=f"gradient of update {update}")
+            for a in self._actors
+        ]
+        return self._gather(calls, "train")[0]
+
+    def optim_step(self) -> dict[str, float]:
+        return self._all("optim_step", phase="train", what="optimiser step")[0]
+
+    def export_weights(self, dtype: str, *, share: bool = True) -> tuple[list[ray.ObjectRef], str]:
+        return self._all("export_weights", dtype, share=share, phase="sync", what="gathered weights")[0]
+
+    def save_state(self, folder: str) -> None:
+        self._all("save_state", folder, phase="checkpoint", what="its shard of the checkpoint", stop=False)
+
+    def load_state(self, folder: str) -> None:
+        self._all("load_state", folder, phase="checkpoint", what="reading the checkpoint")
+
+    def export_hf(self, folder: str, source: str, dtype: str) -> None:
+        self._all("export_hf", folder, source, dtype, phase="checkpoint", what="a Hugging Face folder", stop=False)
+
+    def _all(self, method: str, *args: Any, phase: str, what: str, stop: bool = True, **kwargs: Any) -> list[Any]:
+        return self._gather([a.call(method, *args, what=what, **kwargs) for a in self._actors], phase, stop=stop)
+
+
+__all__ = ["ReferenceGroup", "RewardGroup", "RewardSummary", "RolloutGroup", "RolloutSummary", "TrainerGroup"]

@@ -1,0 +1,122 @@
+"""RolloutWorker: the actor around a rollout engine and its environments."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from rlsys.batch import DataProto, jagged
+from rlsys.batch.versions import WeightVersion
+from rlsys.config.schema import RolloutConfig
+from rlsys.engines.rollout import RolloutEngine, start_engine
+from rlsys.environments.base import ENVIRONMENTS, Environment
+from rlsys.environments.play import SamplingSettings, play_group, trajectories_to_batch
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What to do with a shard of prompts.
+
+    samples: responses a prompt; temperature 0 is greedy; run_seed and attempt: parts of each sample's seed;
+    max_tokens: longest response.
+    """
+
+    samples: int
+    temperature: float
+    max_tokens: int
+    run_seed: int
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class RolloutSummary:
+    """What the driver sees of a shard: one entry a row, no tokens.
+
+    uids [B] str; prompt_lengths, response_lengths, sampled_tokens [B] int64; finish_reasons [B] str;
+    oldest_version: of all sampled tokens.
+    """
+
+    uids: np.ndarray
+    prompt_lengths: np.ndarray
+    response_lengths: np.ndarray
+    sampled_tokens: np.ndarray
+    finish_reasons: np.ndarray
+    oldest_version: WeightVersion
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+
+class RolloutWorker:
+    """One sampler. All methods are coroutines of one event loop, so shards and environments overlap."""
+
+    async def start(
+        self, model_path: str, config: RolloutConfig, *, max_length: int, max_tokens: int, threads: int
+    ) -> None:
+        self._config = config
+        self._engine: RolloutEngine = await start_engine(
+            model_path, config, max_length=max_length, max_tokens=max_tokens, threads=threads
+        )
+        self._environment: Environment = ENVIRONMENTS.get(config.environment, where="rollout.environment")()
+
+    async def generate(self, prompts: DataProto, request: SampleRequest) -> tuple[DataProto, RolloutSummary]:
+        """Plays ``request.samples`` samples of every prompt.
+
+        Args:
+            prompts: columns uid, prompt_ids, task; one row a prompt.
+
+        Returns:
+            The rollout columns, whole groups in the order of the prompts, and what the driver needs to know of them.
+        """
+        settings = SamplingSettings(
+            temperature=request.temperature,
+            max_tokens=request.max_tokens,
+            stop=tuple(self._config.stop),
+            stop_token_ids=tuple(self._config.stop_token_ids),
+        )
+        prompt_rows = [row.tolist() for row in jagged.to_rows(prompts.batch["prompt_ids"])]
+        groups = await asyncio.gather(
+            *(
+                play_group(
+                    self._environment,
+                    prompt_ids,
+                    prompts.non_tensor_batch["task"][i],
+                    uid=prompts.non_tensor_batch["uid"][i],
+                    samples=request.samples,
+                    engine=self._engine,
+                    settings=settings,
+                    run_seed=request.run_seed,
+                    attempt=request.attempt,
+                )
+                for i, prompt_ids in enumerate(prompt_rows)
+            )
+        )
+        batch = trajectories_to_batch(prompts, groups)
+        return batch, summarize(batch)
+
+    async def update_weights(self, buckets: list[ray.ObjectRef], version: WeightVersion) -> str:
+        """Takes new weights; returns the checksum of what the sampler then holds."""
+        return await self._engine.update_weights(list(await asyncio.gather(*buckets)), version)
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+
+def summarize(batch: DataProto) -> RolloutSummary:
+    """The driver's view of a shard with the rollout columns."""
+    columns: Any = batch.batch
+    mask = columns["response_mask"]
+    versions = jagged.values(columns["weight_version"])[jagged.values(mask)]
+    sampled = jagged.segment_sum(mask)
+    return RolloutSummary(
+        uids=batch.non_tensor_batch["uid"],
+        prompt_lengths=jagged.lengths(columns["prompt_ids"]).numpy(),
+        response_lengths=jagged.lengths(mask).numpy(),
+        sampled_tokens=sampled.numpy(),
+        finish_reasons=batch.non_tensor_batch["finish_reason"],
+        oldest_version=WeightVersion.unpack(int(versions.min())) if len(versions) else WeightVersion(0, 0),
+    )

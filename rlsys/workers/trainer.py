@@ -1,0 +1,164 @@
+"""TrainerWorker: the actor around one rank of a train engine. Its verbs are the engine's; the batch of the current step
+stays with the rank between them."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from rlsys.algorithms.mismatch import mismatch_sums
+from rlsys.algorithms.objective import Objective
+from rlsys.batch import DataProto, jagged
+from rlsys.checkpoint.export import export_hf
+from rlsys.config.schema import ModelConfig, TrainerConfig
+from rlsys.engines.sync.buckets import pack
+from rlsys.engines.sync.checksum import weights_checksum
+from rlsys.engines.train import TrainEngine, init_process_group, load_engine
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows of one shard, on their way to one rank.
+
+    columns: references of DataProtos with the same rows, each with some of the columns; rows [b]: which of them.
+    """
+
+    columns: tuple[ray.ObjectRef, ...]
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class ForwardSummary:
+    """kl_sums: per update, [rows] Σ over tokens of (log π_old − log π_ref), None without reference columns;
+    mismatch: sums over this rank's tokens of sampler against trainer."""
+
+    kl_sums: list[np.ndarray] | None
+    mismatch: dict[str, float]
+
+
+class TrainerWorker:
+    """One trainer rank. Every rank of a group is called with the same verb at the same time."""
+
+    def __init__(self, rank: int, world_size: int):
+        self._rank, self._world_size = rank, world_size
+        self._updates: list[DataProto] = []
+
+    def address(self) -> tuple[str, int]:
+        """Where rank 0 can be met: this node's address and a port that is free now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+
+    def start(
+        self,
+        address: tuple[str, int],
+        model: ModelConfig,
+        trainer: TrainerConfig,
+        *,
+        temperature: float,
+        total_steps: int,
+        seed: int,
+        threads: int,
+        collective_timeout_s: float,
+    ) -> int:
+        """Meets the other ranks and loads the model. total_steps: optimiser steps that the schedule spans.
+
+        Returns:
+            Parameters of the model.
+        """
+        torch.set_num_threads(threads)
+        init_process_group(self._rank, self._world_size, *address, timeout_s=collective_timeout_s)
+        self._engine: TrainEngine = load_engine(
+            model, trainer, temperature=temperature, total_steps=total_steps, seed=seed
+        )
+        return self._engine.parameter_count
+
+    def set_objective(self, objective: Objective) -> None:
+        self._objective = objective
+
+    def load_batch(self, updates: list[list[Slice]]) -> None:
+        """Fetches this rank's rows of the step, one list of slices an optimiser step."""
+        refs = {ref for slices in updates for s in slices for ref in s.columns}
+        shards = dict(zip(refs, ray.get(list(refs)), strict=True))
+        self._updates = [_assemble(slices, shards) for slices in updates]
+
+    def forward(self, *, reference_kl: bool) -> ForwardSummary:
+        """Writes ``old_logprobs`` of the whole step, before its first optimiser step."""
+        sums: dict[str, float] = {}
+        kl_sums: list[np.ndarray] = []
+        for index, batch in enumerate(self._updates):
+            logprobs = self._engine.forward(batch).batch["logprobs"]
+            batch.batch["old_logprobs"] = logprobs
+            mask = jagged.values(batch.batch["response_mask"])
+            old, sampler = jagged.values(logprobs), jagged.values(batch.batch["rollout_logprobs"])
+            for name, value in mismatch_sums(old, sampler, mask).items():
+                merge = max if name.endswith("_max") else float.__add__
+                sums[name] = merge(sums.get(name, 0.0), value)
+            if reference_kl:
+                reference = jagged.values(batch.batch["ref_logprobs"])
+                per_token = jagged.from_values((old - reference) * mask, jagged.lengths(logprobs))
+                kl_sums.append(jagged.segment_sum(per_token).numpy())
+            self._updates[index] = batch
+        return ForwardSummary(kl_sums if reference_kl else None, sums)
+
+    def forward_backward(self, update: int, columns: dict[str, np.ndarray]) -> dict[str, float]:
+        """Accumulates the objective's gradient over one update's rows of all ranks.
+
+        Args:
+            columns: per-sample values [rows] to join first, each spread over its sample's sampled tokens (``advantages``).
+        """
+        batch = self._updates[update]
+        mask = batch.batch["response_mask"]
+        lengths = jagged.lengths(mask)
+        for name, values in columns.items():
+            spread = torch.from_numpy(values.astype(np.float32)).repeat_interleave(lengths) * jagged.values(mask)
+            batch.batch[name] = jagged.from_values(spread, lengths)
+        return self._engine.forward_backward(batch, self._objective)
+
+    def optim_step(self) -> dict[str, float]:
+        return self._engine.optim_step()
+
+    def export_weights(self, dtype: str, *, share: bool = True) -> tuple[list[ray.ObjectRef], str] | None:
+        """Rank 0: references of the weights' buckets in the object store, and the sender's checksum. Others: None."""
+        weights = self._engine.export_weights(getattr(torch, dtype))
+        if self._rank:
+            for _ in weights:  # the gathers are collective
+                pass
+            return None
+        buckets = list(pack(weights))
+        checksum = weights_checksum(item for bucket in buckets for item in bucket.tensors())
+        return [ray.put(bucket) for bucket in buckets] if share else [], checksum
+
+    def save_state(self, folder: str) -> None:
+        self._engine.save_state(Path(folder))
+
+    def load_state(self, folder: str) -> None:
+        self._engine.load_state(Path(folder))
+
+    def export_hf(self, folder: str, source: str, dtype: str) -> None:
+        """Writes the weights as a Hugging Face folder (rank 0 writes, all gather)."""
+        weights = self._engine.export_weights(getattr(torch, dtype))
+        if self._rank:
+            for _ in weights:
+                pass
+            return
+        export_hf(Path(folder), Path(source), weights, dtype=getattr(torch, dtype))
+
+    def close(self) -> None:
+        torch.distributed.destroy_process_group()
+
+
+def _assemble(slices: list[Slice], shards: dict[ray.ObjectRef, Any]) -> DataProto:
+    parts = []
+    for piece in slices:
+        joined = shards[piece.columns[0]].select(batch_keys=None)
+        for ref in piece.columns[1:]:
+            joined = joined.union(shards[ref])
+        parts.append(joined.select_idxs(piece.rows))
+    return DataProto.concat(parts) if len(parts) != 1 else parts[0]

@@ -1,0 +1,122 @@
+"""Every wait on something remote has a deadline and an owner. A wait that passes its deadline says who was waited for,
+in which phase, and for what."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from rlsys.config.errors import UserError
+
+_POLL_S = 0.5  # how soon a request to stop is noticed while nothing arrives
+
+
+class DeadlineExceeded(RuntimeError):
+    """An actor did not answer in time."""
+
+
+class ActorFailed(RuntimeError):
+    """An actor died, or a call on it raised something that is not bad input."""
+
+
+class StopRequested(Exception):
+    """The user asked the run to stop (Ctrl-C, SIGTERM)."""
+
+
+@dataclass
+class StopFlag:
+    """Set by a signal handler, looked at by every wait.
+
+    grace_s: how long after the request the waits still go on; an update that has begun gets a few seconds to
+        finish, so that weights and optimiser are those of a whole step.
+    """
+
+    requested_at: float | None = None
+    grace_s: float = 0.0
+
+    def request(self) -> None:
+        self.requested_at = self.requested_at or time.monotonic()
+
+    def check(self) -> None:
+        """Raises StopRequested once the request is older than the grace period."""
+        if self.requested_at is not None and time.monotonic() - self.requested_at >= self.grace_s:
+            raise StopRequested
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call under way.
+
+    ref: of its answer (the part that the driver wants to see).
+    actor: who was asked ("rollout worker 0"); what: for what ("64 responses").
+    payload: whatever the caller wants back together with the answer.
+    """
+
+    ref: ray.ObjectRef
+    actor: str
+    what: str
+    payload: Any = field(default=None)
+
+
+def as_completed(
+    calls: Sequence[Call], *, phase: str, seconds: float, stop: StopFlag | None = None, values: bool = True
+) -> Iterator[tuple[Call, Any]]:
+    """Yields (call, answer) as answers arrive.
+
+    Args:
+        seconds: deadline for all of them together, from now.
+        values: False: only wait; the answers (large columns) stay where they are and None is yielded.
+
+    Raises:
+        DeadlineExceeded: naming every actor that has not answered.
+        ActorFailed: an actor died or raised.
+        UserError: an actor refused its input.
+        StopRequested: ``stop`` was requested.
+    """
+    pending = {call.ref: call for call in calls}
+    deadline = time.monotonic() + seconds
+    while pending:
+        if stop is not None:
+            stop.check()
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded(_late(list(pending.values()), phase, seconds))
+        done, _ = ray.wait(list(pending), num_returns=1, timeout=min(left, _POLL_S), fetch_local=False)
+        for ref in done:
+            call = pending.pop(ref)
+            yield call, fetch(call, phase) if values else None
+
+
+def gather(calls: Sequence[Call], *, phase: str, seconds: float, stop: StopFlag | None = None) -> list[Any]:
+    """The answers in the order of the calls; errors as in :func:`as_completed`."""
+    answers = {call.ref: answer for call, answer in as_completed(calls, phase=phase, seconds=seconds, stop=stop)}
+    return [answers[call.ref] for call in calls]
+
+
+def fetch(call: Call, phase: str) -> Any:
+    """The answer of a call that has been made, with actor and phase named in what it raises."""
+    try:
+        return ray.get(call.ref)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise ActorFailed(f"{call.actor} failed in phase '{phase}' ({call.what}):\n{error}") from None
+    except RayActorError as error:
+        raise ActorFailed(f"{call.actor} died in phase '{phase}' ({call.what}): {_first_line(error)}") from error
+    except RayError as error:
+        raise ActorFailed(f"{call.actor} was lost in phase '{phase}' ({call.what}): {_first_line(error)}") from error
+
+
+def _late(calls: list[Call], phase: str, seconds: float) -> str:
+    who = "; ".join(f"{call.actor} ({call.what})" for call in calls[:8])
+    return f"no answer within {seconds:g} s in phase '{phase}' from {who}; the limit is deadlines.{phase}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
