@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -62,7 +63,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
         return ""
     bins = min(width, len(finite))
     edges = [round(i * len(finite) / bins) for i in range(bins + 1)]
-    means = [math.fsum(finite[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [math.fsum(finite[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, high = min(means), max(means)
     span = high - low or 1.0
     return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in means)
@@ -92,20 +93,20 @@ def header_rows(
     kl = f" · KL {algorithm.kl.coef:g} ({algorithm.kl.estimator}, in the {algorithm.kl.placement})"
     samples = data.prompts_per_step * rollout.samples_per_prompt
     training = "endless" if training_problems is None else count(training_problems)
-    rows = {
+    return {
         "model": f"{config.model.path} · {count(parameters)} parameters · {config.model.dtype}",
         "data": f"{data.kind} · {training} training problems · {count(held_out_problems)} held out",
         "reward": " + ".join(config.reward.parts),
-        "batch": f"{data.prompts_per_step} prompts × {rollout.samples_per_prompt} samples = {samples} responses a step, "
-        f"at most {rollout.max_response_tokens} tokens each",
+        "batch": f"{data.prompts_per_step} prompts × {rollout.samples_per_prompt} samples = {samples} responses "
+        f"a step, at most {data.max_response_tokens} tokens each",
         "algorithm": f"{algorithm.advantage} · {algorithm.loss} · {algorithm.aggregation} · lr {config.trainer.lr:g}"
         + (kl if algorithm.kl.coef else ""),
         "steps": f"{config.steps} · seed {config.seed}"
         + (f" · resumed after step {resumed_step}" if resumed_step is not None else ""),
-        "cluster": f"{cluster} · trainer: {ranks} × {config.trainer.backend} · sampler: {rollout.workers} × {rollout.engine}",
+        "cluster": f"{cluster} · trainer: {ranks} × {config.trainer.backend} · "
+        f"sampler: {rollout.workers} × {rollout.engine}",
         "run folder": str(run_folder),
     }
-    return rows
 
 
 def header_block(title: str, rows: Mapping[str, str]) -> RenderableType:
@@ -113,14 +114,22 @@ def header_block(title: str, rows: Mapping[str, str]) -> RenderableType:
     return Panel(_grid(rows), title=Text(title, f"bold {ACCENT}"), title_align="left", border_style=ACCENT, expand=True)
 
 
-def summary_block(summary: Mapping[str, Any], plot: Path | None, next_command: str | None) -> RenderableType:
-    """The block at the end: what came of it, and what to do next.
+def print_summary(console: Console, summary: Mapping[str, Any], plot: Path | None, next_command: str | None) -> None:
+    """The block at the end, and what to do next.
 
     Args:
         summary: content of ``summary.json``.
         plot: the picture of the learning curves.
-        next_command: the same run on a real model and a GPU; printed under the block, unbroken, to be copied.
+        next_command: the same run on a real model and a GPU; printed without a frame or breaks, to be copied.
     """
+    console.print(summary_block(summary, plot))
+    if next_command:
+        console.print(Text("The same on a real model and a GPU:", "bold"))
+        console.print(Text(f"  {next_command}"), soft_wrap=True)
+
+
+def summary_block(summary: Mapping[str, Any], plot: Path | None) -> RenderableType:
+    """What came of the run."""
     before, after = summary.get("eval/initial_accuracy"), summary.get("eval/final_accuracy")
     rows: dict[str, str | Text] = {}
     if before is not None and after is not None:
@@ -146,10 +155,7 @@ def summary_block(summary: Mapping[str, Any], plot: Path | None, next_command: s
     status = summary["status"]
     colour = {"finished": "green", "interrupted": "yellow", "failed": "red"}[status]
     title = Text(f"{summary['name']}: {status}", f"bold {colour}")
-    parts: list[RenderableType] = [Panel(_grid(rows), title=title, title_align="left", border_style=colour)]
-    if next_command:
-        parts += [Text("The same on a real model and a GPU:", "bold"), Text(f"  {next_command}", no_wrap=True)]
-    return Group(*parts)
+    return Panel(_grid(rows), title=title, title_align="left", border_style=colour)
 
 
 def _grid(rows: Mapping[str, str | Text]) -> Table:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from rich.console import Console
 
-from rlsys.tracking.blocks import count, duration, figure, header_block, percent, summary_block
+from rlsys.tracking.blocks import count, duration, figure, header_block, percent, print_summary
 from rlsys.tracking.live import LiveDisplay
 from rlsys.tracking.progress import Progress
 
@@ -89,7 +89,7 @@ class PlainDisplay:
         self._say(f"{'ALERT: ' if alert else ''}{text}")
 
     def finish(self, summary: Mapping[str, Any], *, plot: Path | None = None, next_command: str | None = None) -> None:
-        self._console.print(summary_block(summary, plot, next_command), soft_wrap=False, crop=False)
+        print_summary(self._console, summary, plot, next_command)
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -24,8 +24,8 @@ from rlsys.tracking.blocks import (
     figure,
     header_block,
     percent,
+    print_summary,
     sparkline,
-    summary_block,
 )
 from rlsys.tracking.progress import Progress
 
@@ -89,13 +89,14 @@ class LiveDisplay:
 
     def note(self, text: str, *, alert: bool = False) -> None:
         if alert:
-            self._alert = text
-        self._console.print(Text(text, "yellow" if alert else "dim"))
+            self._alert = text  # in the panel until the next one: an alarm may go off at every step
+        else:
+            self._console.print(Text(text, "dim"))
 
     def finish(self, summary: Mapping[str, Any], *, plot: Path | None = None, next_command: str | None = None) -> None:
         self._phase = "done"
         self.close()
-        self._console.print(summary_block(summary, plot, next_command), crop=False)
+        print_summary(self._console, summary, plot, next_command)
 
     def close(self) -> None:
         """Stops redrawing and shows the cursor again."""
