@@ -61,9 +61,9 @@ def _value(match: re.Match[str]) -> Fraction | None:
 def parse_number(text: str) -> Fraction | None:
     """The number that ``text`` states, exactly; None where it does not begin with one.
 
-    Tolerates currency signs, thousands commas, leading and trailing zeros, a trailing dot or percent sign, units and words
-    after the number, emphasis and LaTeX around it, and a left-hand side (``x = 5``, ``20 - 2 = 18``). An expression that is
-    not worked out (``2 * 9``) is no number.
+    Tolerates currency signs, thousands commas, leading and trailing zeros, a trailing dot or percent sign, units and
+    words after the number, emphasis and LaTeX around it, and a left-hand side (``x = 5``, ``20 - 2 = 18``). An
+    expression that is not worked out (``2 * 9``) is no number.
     """
     plain = _plain(text)
     _, equals, right = plain.rpartition("=")
@@ -106,7 +106,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def between_tags(text: str, tag: str) -> str | None:
-    """What stands between the last ``<tag>`` and the ``</tag>`` after it, stripped; None where there is no such pair."""
+    """What stands between the last ``<tag>`` and the ``</tag>`` after it, stripped; None without such a pair."""
     body, closing, _ = text.rpartition(f"</{tag}>")
     _, opening, inside = body.rpartition(f"<{tag}>")
     return inside.strip() if closing and opening else None

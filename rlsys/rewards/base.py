@@ -9,15 +9,17 @@ A reward function scores one response, in a worker process, within a time limit:
 - ``task``: ``prompt`` (text), ``answer`` and the row's other fields; where the response comes from a rollout also
   ``response_tokens`` (sampled and given tokens after the prompt) and ``finish_reason``.
 - Options are keyword-only. Their names, and their types where they are annotated, are checked before a run starts.
-- It returns a finite number, or a :class:`RewardResult`. Anything else, and any exception, is a *failure*: it is recorded
-  with the row and counted against ``reward.max_failure_rate``. A response that is merely wrong scores 0 and is no failure.
+- It returns a finite number, or a :class:`RewardResult`. Anything else, and any exception, is a *failure*: it is
+  recorded with the row and counted against ``reward.max_failure_rate``. A response that is merely wrong scores 0 and is
+  no failure.
 
-The import path of such a function (``my_rewards.brevity``) works wherever a name does. One that ships with rlsys is a file
-in this package with ``@REWARDS.register("name")``.
+The import path of such a function (``my_rewards.brevity``) works wherever a name does. One that ships with rlsys is a
+file in this package with ``@REWARDS.register("name")``.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -100,7 +102,7 @@ def as_result(value: Any) -> RewardResult:
     """What a reward function returned, as a result whose score is a plain finite float.
 
     Raises:
-        ValueError: it is no score; the message says what it is instead.
+        ValueError, TypeError: it is no score, or its info is no JSON; the message says what it is instead.
     """
     result = value if isinstance(value, RewardResult) else RewardResult(value)
     if not isinstance(result.score, Real):
@@ -111,4 +113,5 @@ def as_result(value: Any) -> RewardResult:
         raise ValueError(f"returned {score}, which is no score")
     if result.feedback is not None and not isinstance(result.feedback, str):
         raise ValueError(f"returned feedback of type {type(result.feedback).__name__} instead of text")
-    return RewardResult(score, result.feedback, result.info)
+    info = json.loads(json.dumps(result.info, allow_nan=False)) if result.info else {}
+    return RewardResult(score, result.feedback, info)

@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsys.config.errors import UserError
+from rlsys.rewards.base import Failure
 from rlsys.rewards.compose import ScoredSample
 
 _SHOWN = 3
 
 
 class RewardBudgetExceeded(UserError):
-    """More samples failed than ``reward.max_failure_rate`` allows. ``rows``: the failures, as :func:`failure_rows` gives."""
+    """More samples failed than ``reward.max_failure_rate`` allows.
+
+    Args:
+        rows: the failures, as :func:`failure_rows` gives them.
+    """
 
     def __init__(
         self, what: str, *, where: str | None = None, fix: str | None = None, rows: Sequence[dict[str, Any]] = ()
@@ -90,7 +95,12 @@ class FailureBudget:
         )
 
 
+def reason(failure: Failure) -> str:
+    """The one line of a failure's message that says most: a traceback's last, else the first."""
+    lines = failure.message.strip().splitlines() or [""]
+    return lines[-1 if failure.kind == "raised" else 0].strip()
+
+
 def _describe(row: dict[str, Any]) -> str:
-    reason = str(row["message"]).strip().splitlines() or [""]
-    line = reason[-1] if row["error"] == "raised" else reason[0]
-    return f"row {row['row']}, part '{row['part']}', {row['error']}: {line.strip():.160} (response: {row['response']!r:.60})"
+    why = reason(Failure(row["error"], row["part"], row["message"]))
+    return f"row {row['row']}, part '{row['part']}', {row['error']}: {why:.160} (response: {row['response']!r:.60})"

@@ -61,8 +61,8 @@ def build_parts(parts: Mapping[str, RewardPart], *, where: str = "reward.parts")
         where: config key of the parts, for error messages.
 
     Raises:
-        UserError: a function that is not found or not of the contract's form, an option that it does not take or that has
-            the wrong type, or a condition that is malformed or speaks of a part that is not computed before.
+        UserError: a function that is not found or not of the contract's form, an option that it does not take or that
+            has the wrong type, or a condition that is malformed or speaks of a part that is not computed before.
     """
     if not parts:
         raise UserError("the reward has no parts", where=where, fix="choose a reward group, such as reward=gsm8k")
@@ -109,9 +109,13 @@ def load_function(use: str, args: Mapping[str, Any], *, where: str, where_args: 
 
 def _check_form(function: Any, use: str, where: str) -> None:
     if not callable(function) or inspect.isclass(function):
-        raise UserError(f"'{use}' is a {type(function).__name__}, not a function", where=where, fix=f"write {_SIGNATURE}")
+        raise UserError(
+            f"'{use}' is a {type(function).__name__}, not a function", where=where, fix=f"write {_SIGNATURE}"
+        )
     if inspect.iscoroutinefunction(function):
-        raise UserError(f"'{use}' is an async function", where=where, fix=f"rewards run in processes: write {_SIGNATURE}")
+        raise UserError(
+            f"'{use}' is an async function", where=where, fix=f"rewards run in processes: write {_SIGNATURE}"
+        )
 
 
 def _check_arguments(function: RewardFunction, use: str, args: dict[str, Any], where: str, where_args: str) -> None:
@@ -122,11 +126,15 @@ def _check_arguments(function: RewardFunction, use: str, args: dict[str, Any], w
     check_options(function, args, where=where_args)
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty and name not in args:
-            raise UserError(f"'{use}' needs the option '{name}'", where=f"{where_args}.{name}", fix=f"set {where_args}.{name}=…")
+            raise UserError(
+                f"'{use}' needs the option '{name}'", where=f"{where_args}.{name}", fix=f"set {where_args}.{name}=…"
+            )
     try:
         signature.bind("", {}, **args)
     except TypeError as error:
-        raise UserError(f"'{use}' cannot be called as a reward: {error}", where=where, fix=f"write {_SIGNATURE}") from None
+        raise UserError(
+            f"'{use}' cannot be called as a reward: {error}", where=where, fix=f"write {_SIGNATURE}"
+        ) from None
     _check_types(function, args, where_args)
     check = hooks_of(function).check
     if check is not None:
@@ -137,7 +145,7 @@ def _check_arguments(function: RewardFunction, use: str, args: dict[str, Any], w
 
 
 def _check_types(function: RewardFunction, args: dict[str, Any], where_args: str) -> None:
-    """Options against the function's annotations; what is not annotated, or not in a way that can be checked, passes."""
+    """Options against the function's annotations; one without an annotation that can be checked passes."""
     if not args:
         return
     from pydantic import PydanticUserError, TypeAdapter, ValidationError  # not needed in worker processes

@@ -21,7 +21,7 @@ def _check(*, absolute: float = 0.0, relative: float = 1e-6, mode: str = "flexib
 def numeric(
     response: str, task: dict[str, Any], *, absolute: float = 0.0, relative: float = 1e-6, mode: Mode = "flexible"
 ) -> RewardResult:
-    """1 if the response's final number is within ``absolute``, or within ``relative`` · |answer|, of ``task["answer"]``.
+    """1 if the response's final number is within ``absolute``, or ``relative`` · |answer|, of ``task["answer"]``.
 
     Args:
         mode: where the final number is looked for, see :func:`rlsys.rewards.answers.find_number`.

@@ -94,7 +94,7 @@ class RewardPool:
                     self._step(job)
             except BaseException:
                 for process in [p for p in self._processes if p.pending]:
-                    self._drop(process, traced=False)  # its next results would be of a job that nobody waits for
+                    self._drop(process)  # its next results would be of a job that nobody waits for
                 raise
             self._fill()
             return job.scored
@@ -103,7 +103,7 @@ class RewardPool:
         """Ends the worker processes. Idempotent."""
         self._closed = True
         for process in list(self._processes):
-            self._drop(process, traced=False)
+            self._drop(process)
         self._selector.close()
 
     def __enter__(self) -> RewardPool:
@@ -130,7 +130,7 @@ class RewardPool:
                 process.channel.send([job.items[index] for index in chunk])
             except OSError:  # it died while it was idle: no sample's fault
                 job.queue.extendleft(reversed(chunk))
-                self._drop(process, traced=False)
+                self._drop(process)
                 continue
             process.pending.extend(chunk)
             process.position = 0
@@ -170,7 +170,7 @@ class RewardPool:
 
     def _lose(self, process: _Process, job: _Job | None, kind: FailureKind) -> None:
         """A worker is late or dead: the call in progress has failed; what it had not begun is queued again."""
-        trace = self._drop(process, traced=kind == "timeout")
+        trace = self._drop(process, kind)
         if not process.ready:
             what = f"did not start within {START_TIMEOUT_S:.0f} s" if kind == "timeout" else process.ending()
             raise UserError(f"a reward worker {what}\n{trace}".strip(), where="reward.parts")
@@ -182,18 +182,16 @@ class RewardPool:
         name = self._parts[process.position].name
         job.record(index, name, Failure(kind, name, f"{what}\n{trace}".strip()), finished=True)
 
-    def _drop(self, process: _Process, *, traced: bool) -> str:
+    def _drop(self, process: _Process, kind: FailureKind | None = None) -> str:
         self._selector.unregister(process.channel.sock)
         self._processes.remove(process)
-        return process.kill(traced=traced)
+        return process.kill(kind)
 
 
 class _Job:
     """One call of :meth:`RewardPool.score`. ``queue``: positions in ``items`` that no worker has."""
 
-    def __init__(
-        self, parts: Sequence[Part], items: Sequence[Item], budget: FailureBudget | None, total: int | None
-    ):
+    def __init__(self, parts: Sequence[Part], items: Sequence[Item], budget: FailureBudget | None, total: int | None):
         self.items = items
         self.queue = deque(range(len(items)))
         self.unfinished = len(items)
@@ -256,20 +254,20 @@ class _Process:
 
     def has_reported(self) -> bool:
         """Whether something of it waits to be read."""
-        return bool(select.select([self.channel.sock], [], [], 0)[0])
+        return _readable(self.channel.sock.fileno(), 0.0)
 
-    def kill(self, *, traced: bool) -> str:
+    def kill(self, kind: FailureKind | None) -> str:
         """Ends it and everything that it started.
 
         Args:
-            traced: it is first asked (SIGABRT) to say where it is.
+            kind: why; None: it did nothing wrong. One that hangs is first asked (SIGABRT) to say where it is.
 
         Returns:
             its last words: the traceback of a fatal signal.
         """
-        if traced:
+        if kind == "timeout":
             os.kill(self._popen.pid, signal.SIGABRT)
-        trace = self._last_words() if traced or self._popen.poll() is None or self._popen.returncode < 0 else ""
+        trace = self._last_words() if kind else ""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait(timeout=START_TIMEOUT_S)
@@ -280,15 +278,23 @@ class _Process:
 
     def _last_words(self) -> str:
         deadline, data = time.monotonic() + _TRACE_TIMEOUT_S, b""
-        while select.select([self._trace_fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        while _readable(self._trace_fd, max(0.0, deadline - time.monotonic())):
             block = os.read(self._trace_fd, 1 << 16)
             if not block:
                 break
             data += block
         text = data.decode(errors="replace")
-        return text[text.find("(most recent call first)") + 1 :][:_TRACE_CHARACTERS] if text else ""
+        return text.partition("\n\n")[2][
+            :_TRACE_CHARACTERS
+        ].rstrip()  # without the headline, which names our own SIGABRT
 
     def ending(self) -> str:
         """How it ended, in words."""
         code = self._popen.returncode
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended itself with exit code {code}"
+
+
+def _readable(fd: int, wait_s: float) -> bool:
+    poll = select.poll()  # select() itself refuses file descriptors above 1023, which a Ray actor may have
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(wait_s * 1000))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal
 
 from rlsys.rewards.answers import between_tags
@@ -17,7 +17,7 @@ def _warm_up() -> None:
         import reasoning_gym  # noqa: F401
 
 
-@lru_cache(maxsize=None)
+@cache
 def _verifier(dataset: str) -> Callable[[str | None, dict[str, Any]], float]:
     import reasoning_gym
 

@@ -8,6 +8,7 @@ import importlib
 import os
 import resource
 import socket
+import sys
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -130,13 +131,16 @@ def _call(part: _Part, response: str, task: dict[str, Any]) -> RewardResult | Fa
     try:
         value = part.function(response, task, **part.args)
     except BaseException:  # noqa: BLE001 (SystemExit too: recorded, counted against the budget, reported)
-        return Failure("raised", part.name, _traceback_tail())
+        return Failure("raised", part.name, _traceback_tail(own_frames=1))
     try:
         return as_result(value)
     except Exception as error:  # noqa: BLE001 (a value's own float() or str() may raise anything; reported)
         return Failure("bad value", part.name, str(error) or type(error).__name__)
 
 
-def _traceback_tail() -> str:
-    """The exception being handled, below the frame of this module, at most so long."""
-    return traceback.format_exc().strip()[-_MESSAGE_CHARACTERS:]
+def _traceback_tail(own_frames: int = 0) -> str:
+    """The end of the traceback of the exception being handled, without the first ``own_frames`` frames."""
+    kind, error, frames = sys.exc_info()
+    for _ in range(own_frames):
+        frames = frames and frames.tb_next
+    return "".join(traceback.format_exception(kind, error, frames)).strip()[-_MESSAGE_CHARACTERS:]
