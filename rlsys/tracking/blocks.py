@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,22 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in means)
 
 
-def header_rows(
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a display shows at the start, and what it counts towards.
+
+    title: name of the run.
+    rows: what will be trained on what, in order.
+    steps: of the whole run; first_step: done before this session.
+    """
+
+    title: str
+    rows: Mapping[str, str]
+    steps: int
+    first_step: int = 0
+
+
+def run_header(
     config: RunConfig,
     *,
     parameters: int,
@@ -79,8 +95,8 @@ def header_rows(
     cluster: str,
     run_folder: Path,
     resumed_step: int | None = None,
-) -> dict[str, str]:
-    """What will be trained on what, for :meth:`Display.start`.
+) -> Header:
+    """What will be trained on what.
 
     Args:
         parameters: of the model.
@@ -93,7 +109,7 @@ def header_rows(
     kl = f" · KL {algorithm.kl.coef:g} ({algorithm.kl.estimator}, in the {algorithm.kl.placement})"
     samples = data.prompts_per_step * rollout.samples_per_prompt
     training = "endless" if training_problems is None else count(training_problems)
-    return {
+    rows = {
         "model": f"{config.model.path} · {count(parameters)} parameters · {config.model.dtype}",
         "data": f"{data.kind} · {training} training problems · {count(held_out_problems)} held out",
         "reward": " + ".join(config.reward.parts),
@@ -107,31 +123,41 @@ def header_rows(
         f"sampler: {rollout.workers} × {rollout.engine}",
         "run folder": str(run_folder),
     }
+    return Header(title=config.name, rows=rows, steps=config.steps, first_step=resumed_step or 0)
 
 
-def header_block(title: str, rows: Mapping[str, str]) -> RenderableType:
+def header_block(header: Header) -> RenderableType:
     """The block at the start."""
-    return Panel(_grid(rows), title=Text(title, f"bold {ACCENT}"), title_align="left", border_style=ACCENT, expand=True)
+    title = Text(header.title, f"bold {ACCENT}")
+    return Panel(_grid(header.rows), title=title, title_align="left", border_style=ACCENT, expand=True)
 
 
-def print_summary(console: Console, summary: Mapping[str, Any], plot: Path | None, next_command: str | None) -> None:
+def print_summary(
+    console: Console,
+    summary: Mapping[str, Any],
+    *,
+    picture: Path | None = None,
+    reason: str = "",
+    next_command: str | None = None,
+) -> None:
     """The block at the end, and what to do next.
 
     Args:
         summary: content of ``summary.json``.
-        plot: the picture of the learning curves.
+        picture: of the learning curves.
+        reason: why the run ended, where it did not finish.
         next_command: the same run on a real model and a GPU; printed without a frame or breaks, to be copied.
     """
-    console.print(summary_block(summary, plot))
+    console.print(summary_block(summary, picture, reason))
     if next_command:
         console.print(Text("The same on a real model and a GPU:", "bold"))
         console.print(Text(f"  {next_command}"), soft_wrap=True)
 
 
-def summary_block(summary: Mapping[str, Any], plot: Path | None) -> RenderableType:
+def summary_block(summary: Mapping[str, Any], picture: Path | None = None, reason: str = "") -> RenderableType:
     """What came of the run."""
     before, after = summary.get("eval/initial_accuracy"), summary.get("eval/final_accuracy")
-    rows: dict[str, str | Text] = {}
+    rows: dict[str, str | Text] = {"reason": reason} if reason else {}
     if before is not None and after is not None:
         gain = 100 * (after - before)
         rows["held-out accuracy"] = Text.assemble(
@@ -150,8 +176,8 @@ def summary_block(summary: Mapping[str, Any], plot: Path | None) -> RenderableTy
         rows["sampler vs. trainer"] = f"log-probs differ by {figure(mismatch)} at most (mean over a step)"
     rows["peak memory"] = f"{size(summary['peak_memory_bytes'])}, all processes together"
     rows["run folder"] = str(summary["run_folder"])
-    if plot is not None:
-        rows["learning curves"] = str(plot)
+    if picture is not None:
+        rows["learning curves"] = str(picture)
     status = summary["status"]
     colour = {"finished": "green", "interrupted": "yellow", "failed": "red"}[status]
     title = Text(f"{summary['name']}: {status}", f"bold {colour}")

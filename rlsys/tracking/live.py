@@ -19,6 +19,7 @@ from rich.text import Text
 
 from rlsys.tracking.blocks import (
     ACCENT,
+    Header,
     count,
     duration,
     figure,
@@ -57,9 +58,9 @@ class LiveDisplay:
     See :class:`rlsys.tracking.display.Display` for the calls.
     """
 
-    def __init__(self, console: Console, *, title: str, steps: int, first_step: int = 0):
-        self._console, self._title = console, title
-        self._progress = Progress(steps, first_step)
+    def __init__(self, console: Console):
+        self._console = console
+        self._progress = Progress(0)
         self._history: dict[str, list[float]] = defaultdict(list)
         self._last: dict[str, float] = {}
         self._phase_times: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_PHASE_STEPS))
@@ -68,8 +69,9 @@ class LiveDisplay:
         self._spinner = Spinner("dots", style=ACCENT)
         self._live: Live | None = None
 
-    def start(self, header: Mapping[str, str]) -> None:
-        self._console.print(header_block(self._title, header))
+    def start(self, header: Header) -> None:
+        self._progress = Progress(header.steps, header.first_step)
+        self._console.print(header_block(header))
         self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=5, transient=False)
         atexit.register(self.close)  # a crash must not leave the cursor hidden either
         self._live.start()
@@ -93,16 +95,23 @@ class LiveDisplay:
         else:
             self._console.print(Text(text, "dim"))
 
-    def finish(self, summary: Mapping[str, Any], *, plot: Path | None = None, next_command: str | None = None) -> None:
-        self._phase = "done"
+    def finish(
+        self,
+        summary: Mapping[str, Any],
+        *,
+        picture: Path | None = None,
+        reason: str = "",
+        next_command: str | None = None,
+    ) -> None:
+        self._phase = str(summary["status"])
         self.close()
-        print_summary(self._console, summary, plot, next_command)
+        print_summary(self._console, summary, picture=picture, reason=reason, next_command=next_command)
 
     def close(self) -> None:
         """Stops redrawing and shows the cursor again."""
         if self._live is not None:
-            self._live.stop()
-            self._live = None
+            live, self._live = self._live, None
+            live.stop()
             atexit.unregister(self.close)
 
     def _render(self) -> RenderableType:
@@ -128,8 +137,8 @@ class LiveDisplay:
         return grid
 
     def _phase_line(self) -> RenderableType:
-        if self._phase == "done":
-            return Text("done", "green")
+        if self._live is None:
+            return Text(self._phase, "dim")
         self._spinner.text = Text(f"{self._phase}  {time.monotonic() - self._phase_since:.1f} s", "dim")
         return self._spinner
 

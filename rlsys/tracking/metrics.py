@@ -77,8 +77,8 @@ def read_lines(path: Path) -> list[Line]:
 def read_metrics(path: Path) -> list[Line]:
     """The run's history as it led to the newest weights: one line a step, in order of steps.
 
-    Where a run went on from an earlier checkpoint, a later lineage starts at the step after it; what earlier lineages
-    wrote from there on was abandoned and is left out. Lines of one step and lineage are merged.
+    Where a run went on from an earlier checkpoint, a later lineage starts there; what earlier lineages wrote of later
+    steps was abandoned and is left out. Lines of one step are merged (an evaluation may come after its step).
 
     Raises:
         UserError: see :func:`read_lines`.
@@ -94,7 +94,7 @@ def history(lines: list[Line]) -> list[Line]:
         step, lineage = line["step"], line["lineage"]
         if lineage > newest:
             newest = lineage
-            kept = {earlier: content for earlier, content in kept.items() if earlier < step}
+            kept = {earlier: content for earlier, content in kept.items() if earlier <= step}
         if lineage == newest:
             kept[step] = kept.get(step, {}) | line
     return [kept[step] for step in sorted(kept)]

@@ -86,7 +86,7 @@ def _draw(path: Path, title: str, panels: Sequence[Any], draw: Callable[[Any, Ax
         for axes, panel in zip(figure.subplots(2, columns).flat, panels, strict=True):
             draw(panel, axes)
             axes.set_xlabel("step")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
             if not axes.has_data():
                 axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="#999999")
         if title:
@@ -174,13 +174,13 @@ def _length(axes: Axes, steps: Sequence[Line]) -> None:
     if not x:
         return
     axes.plot(x, y, color=_COLOURS[0], **_marks(x))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * max([value for value in y if math.isfinite(value)], default=1.0))
     x, y = _series(steps, "rollout/truncated", 100)
     if any(value > 0 for value in y):
         right = axes.twinx()
         right.plot(x, y, color=_COLOURS[6], linewidth=1.0, linestyle=":")
         right.set_ylabel("cut off at the limit, %", color=_COLOURS[6])
-        right.set_ylim(0, None)
+        right.set_ylim(0, max(5.0, *(1.15 * value for value in y if math.isfinite(value))))
         right.grid(visible=False)
 
 
