@@ -41,7 +41,7 @@ def reduce_floats(values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[
 
 
 class Meter:
-    """Metrics of one pass over a batch: added up over micro-batches on the device, reduced over ranks once at the end."""
+    """Metrics of one pass over a batch: added up over micro-batches on the device, reduced over ranks once."""
 
     def __init__(self) -> None:
         self._totals: dict[str, torch.Tensor] = {}

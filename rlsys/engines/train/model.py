@@ -19,7 +19,7 @@ _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling",
 
 
 class PolicyModel(nn.Module):
-    """A causal language model and the head's log-probs in one forward, so that a sharded head is whole when it is used."""
+    """A causal language model and the head's log-probs in one forward: a sharded head is whole while it is used."""
 
     def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk: int):
         super().__init__()
@@ -127,7 +127,7 @@ def _load_config(model: ModelConfig) -> PretrainedConfig:
         raise UserError(
             f"{folder} has no weights (*.safetensors)",
             where="model.path",
-            fix="give a folder with model.safetensors; weights in pickle files (*.bin) are not read: convert them first",
+            fix="give a folder with model.safetensors; weights in pickle files (*.bin) are not read, convert them",
         )
     try:
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=False)

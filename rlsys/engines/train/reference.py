@@ -42,7 +42,7 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def forward(self, batch: DataProto) -> DataProto:
-        """The jagged column ``ref_logprobs`` [B, j:response] of the rows given, on the CPU, 0 where ``response_mask`` is 0.
+        """The jagged column ``ref_logprobs`` [B, j:response] of the rows given, on the CPU; 0 off ``response_mask``.
 
         Args:
             batch: rows with ``prompt_ids``, ``response_ids`` and ``response_mask``.

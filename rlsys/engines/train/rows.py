@@ -156,8 +156,8 @@ def _column(batch: DataProto, name: str) -> tuple[torch.Tensor, torch.Tensor | N
 
 
 def _ranges(lengths: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For rows of ``lengths`` that start at ``starts`` of a flat buffer: row, place in the row and place in the buffer of
-    each of their elements."""
+    """Row, place in the row and place in the buffer of each element of the rows, which have ``lengths`` and start at
+    ``starts`` of a flat buffer."""
     row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     place = torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
     return row, place, starts[row] + place

@@ -134,14 +134,14 @@ def _read_progress(folder: Path) -> dict[str, int]:
 
 def _save_rng(path: Path) -> None:
     version, python_state, python_gauss = random.getstate()
-    name, numpy_state, position, has_gauss, numpy_gauss = np.random.get_state(legacy=True)
+    numpy_state = np.random.get_state(legacy=False)
     scalars: dict[str, Any] = {
         "python": [version, python_gauss],
-        "numpy": [name, int(position), int(has_gauss), float(numpy_gauss)],
+        "numpy": [int(numpy_state["state"]["pos"]), numpy_state["has_gauss"], numpy_state["gauss"]],
     }
     tensors = {
         "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(numpy_state.astype(np.int64)),
+        "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
         "python": torch.tensor(python_state, dtype=torch.int64),
     }
     if torch.cuda.is_available():
@@ -154,9 +154,9 @@ def _load_rng(path: Path) -> None:
         scalars = json.loads(file.metadata()["scalars"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     version, python_gauss = scalars["python"]
-    name, position, has_gauss, numpy_gauss = scalars["numpy"]
+    position, has_gauss, numpy_gauss = scalars["numpy"]
     random.setstate((version, tuple(tensors["python"].tolist()), python_gauss))
-    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, numpy_gauss))
+    np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, numpy_gauss))
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
