@@ -17,7 +17,7 @@ from rich.table import Table
 
 from rlsys.config.errors import UserError
 from rlsys.config.schema import RewardConfig
-from rlsys.rewards.base import Failure, hooks_of
+from rlsys.rewards.base import Failure, RewardFunction, hooks_of
 from rlsys.rewards.budget import reason
 from rlsys.rewards.compose import Part, ScoredSample, load_function
 from rlsys.rewards.pool import RewardPool
@@ -74,7 +74,7 @@ def handle(arguments: argparse.Namespace) -> int:
     if out is not None and not out.parent.is_dir():
         raise UserError(f"there is no folder '{out.parent}'", where="--json", fix="make it first")
     name, args = arguments.name, parse_arguments(arguments.arg)
-    function, path = load_function(name, args, where="NAME", where_args="--arg ")
+    function, path = _load(name, args)
     rows = list(read_rows(arguments.data, needs=hooks_of(function).needs, limit=arguments.limit))
     if not rows:
         raise UserError("the file has no rows", where=str(arguments.data), fix="give rows {prompt, response, answer}")
@@ -86,6 +86,14 @@ def handle(arguments: argparse.Namespace) -> int:
         out.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     show(Console(), report, rows, [sample.failure for sample in scored])
     return 1 if report["failures"] else 0
+
+
+def _load(name: str, args: dict[str, Any]) -> tuple[RewardFunction, str]:
+    try:
+        return load_function(name, args, where="NAME", where_args="--arg")
+    except UserError as error:  # its key --arg.mode is written --arg mode here
+        where, fix = ((text or "").replace("--arg.", "--arg ") or None for text in (error.where, error.fix))
+        raise UserError(error.what, where=where, fix=fix) from None
 
 
 def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
@@ -155,7 +163,7 @@ def summarise(name: str, rows: Sequence[Row], scored: Sequence[ScoredSample]) ->
             "line": row.line,
             "score": None if sample.failure else sample.reward,
             "feedback": sample.feedback,
-            "error": sample.failure and {"kind": sample.failure.kind, "message": sample.failure.message},
+            "error": sample.failure and f"{sample.failure.kind}: {sample.failure.message}",
         }
         for position, (row, sample) in enumerate(zip(rows, scored, strict=True))
     ]

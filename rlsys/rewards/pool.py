@@ -1,8 +1,8 @@
 """Rewards in worker processes, each call with a time limit.
 
-A reward function is somebody's code: it loops for ever, holds the interpreter in C code, ends its process. None of that
-may cost more than the sample that it happened on. So the pool follows every single call: a worker reports each as it ends,
-and one that does not report within the limit is killed and replaced; what it had not begun goes to another.
+A reward function is somebody's code: it loops for ever, holds the interpreter in C code, ends its process. None of
+that may cost more than the sample that it happened on. So the pool follows every single call: a worker reports each as
+it ends, and one that does not report within the limit is killed and replaced; what it had not begun goes to another.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rlsys.rewards.base import Failure, FailureKind, RewardResult
 from rlsys.rewards.budget import FailureBudget, failure_row
 from rlsys.rewards.channel import Channel
 from rlsys.rewards.compose import Part, ScoredSample, build_parts, combine
-from rlsys.rewards.worker import CallDone, PartSpec
+from rlsys.rewards.worker import WORKER_FILE, CallDone, PartSpec
 
 Item = tuple[str, dict[str, Any]]
 
@@ -231,8 +231,9 @@ class _Process:
         self._trace_fd, trace_fd = os.pipe()
         fds = (theirs.fileno(), lifeline.fileno(), trace_fd)
         code = f"import sys; sys.path[:] = {sys.path!r}; from rlsys.rewards.worker import main; main{fds}"
-        # A plain interpreter instead of multiprocessing's: it re-imports no __main__ (Ray's, torch's), works from any
-        # thread and any actor, and its session of its own keeps a terminal's Ctrl-C and a reward's own children with us.
+        # A plain interpreter instead of multiprocessing's: it re-imports no __main__ (a user's; Ray's, with all of Ray)
+        # and starts from any thread of any actor. In a session of its own it is not hit by a terminal's Ctrl-C, and
+        # what the reward itself started ends with it.
         self._popen = subprocess.Popen(
             [sys.executable, "-c", code],
             pass_fds=fds,
@@ -284,9 +285,8 @@ class _Process:
                 break
             data += block
         text = data.decode(errors="replace")
-        return text.partition("\n\n")[2][
-            :_TRACE_CHARACTERS
-        ].rstrip()  # without the headline, which names our own SIGABRT
+        stack = text.split("\n\n")[1] if "\n\n" in text else ""  # without the headline, which may name our own SIGABRT
+        return stack.partition(f'\n  File "{WORKER_FILE}"')[0][:_TRACE_CHARACTERS].rstrip()
 
     def ending(self) -> str:
         """How it ended, in words."""

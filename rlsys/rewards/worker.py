@@ -19,6 +19,7 @@ from rlsys.rewards.base import Failure, RewardFunction, RewardResult, as_result,
 from rlsys.rewards.channel import Channel
 from rlsys.rewards.conditions import Condition, parse_condition
 
+WORKER_FILE = __file__
 _MESSAGE_CHARACTERS = 2000
 
 

@@ -1,0 +1,28 @@
+"""Fixtures of all rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="session")
+def gsm8k_folder() -> Path:
+    """A folder with GSM8K's ``train.jsonl`` and ``test.jsonl``: the full sets where they lie beside the checkout, else
+    the sample of 64 rows each that comes with the tests."""
+    full = _HERE.parent.parent / "shared" / "data" / "gsm8k"
+    return full if (full / "test.jsonl").is_file() else _HERE / "data" / "gsm8k_sample"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray cluster for all tests of this process marked ``ray``."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
+    yield
+    ray.shutdown()
