@@ -57,6 +57,12 @@ def figure(value: float) -> str:
     return f"{value:.3f}" if value == 0 or 0.001 <= abs(value) < 1000 else f"{value:.1e}"
 
 
+def short_path(path: Path) -> str:
+    """Relative to the working folder where it lies in it."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def sparkline(values: Sequence[float], width: int) -> str:
     """The last values as a line of little bars, the newest at the right, averaged into at most ``width`` bins."""
     finite = [value for value in values if math.isfinite(value)]
@@ -121,7 +127,7 @@ def run_header(
         + (f" · resumed after step {resumed_step}" if resumed_step is not None else ""),
         "cluster": f"{cluster} · trainer: {ranks} × {config.trainer.backend} · "
         f"sampler: {rollout.workers} × {rollout.engine}",
-        "run folder": str(run_folder),
+        "run folder": short_path(run_folder),
     }
     return Header(title=config.name, rows=rows, steps=config.steps, first_step=resumed_step or 0)
 
@@ -175,9 +181,9 @@ def summary_block(summary: Mapping[str, Any], picture: Path | None = None, reaso
     if mismatch is not None:
         rows["sampler vs. trainer"] = f"log-probs differ by {figure(mismatch)} at most (mean over a step)"
     rows["peak memory"] = f"{size(summary['peak_memory_bytes'])}, all processes together"
-    rows["run folder"] = str(summary["run_folder"])
+    rows["run folder"] = short_path(Path(summary["run_folder"]))
     if picture is not None:
-        rows["learning curves"] = str(picture)
+        rows["learning curves"] = short_path(picture)
     status = summary["status"]
     colour = {"finished": "green", "interrupted": "yellow", "failed": "red"}[status]
     title = Text(f"{summary['name']}: {status}", f"bold {colour}")

@@ -31,7 +31,7 @@ from rlsys.tracking.blocks import (
 from rlsys.tracking.progress import Progress
 
 _PHASE_STEPS = 10  # steps that phase times are averaged over
-_SPARK_WIDTH = 14
+_SPARK_WIDTH, _NARROW_SPARK_WIDTH, _NARROW = 14, 10, 92  # columns
 _PHASE_COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "white", "bright_black")
 _NOT_PHASES = {"time/step_s", "time/elapsed_s"}
 
@@ -85,9 +85,8 @@ class LiveDisplay:
         for shown in _FIGURES:
             if shown.metric in metrics:
                 self._history[shown.metric].append(metrics[shown.metric])
-        for name, value in metrics.items():
-            if name.startswith("time/") and name.endswith("_s") and name not in _NOT_PHASES:
-                self._phase_times[name.removeprefix("time/").removesuffix("_s")].append(value)
+        if "time/step_s" in metrics:
+            self._time_phases(metrics)
 
     def note(self, text: str, *, alert: bool = False) -> None:
         if alert:
@@ -113,6 +112,16 @@ class LiveDisplay:
             live, self._live = self._live, None
             live.stop()
             atexit.unregister(self.close)
+
+    def _time_phases(self, metrics: Mapping[str, float]) -> None:
+        """A phase that a step went without (an evaluation) took it no time."""
+        times = {
+            name.removeprefix("time/").removesuffix("_s"): value
+            for name, value in metrics.items()
+            if name.startswith("time/") and name.endswith("_s") and name not in _NOT_PHASES
+        }
+        for name in times.keys() | self._phase_times.keys():
+            self._phase_times[name].append(times.get(name, 0.0))
 
     def _render(self) -> RenderableType:
         parts: list[RenderableType] = [self._progress_line(), self._phase_line(), Text(""), self._figures()]
@@ -144,14 +153,15 @@ class LiveDisplay:
 
     def _figures(self) -> RenderableType:
         """Two figures a line: name, value, history."""
+        width = _NARROW_SPARK_WIDTH if self._console.width < _NARROW else _SPARK_WIDTH
         grid = Table.grid(padding=(0, 2), expand=True)
         for _ in range(2):
-            grid.add_column(style="dim", no_wrap=True, width=9)
+            grid.add_column(style="dim", no_wrap=True, width=8)
             grid.add_column(no_wrap=True, ratio=1)
-            grid.add_column(no_wrap=True, width=_SPARK_WIDTH)
+            grid.add_column(no_wrap=True, width=width)
         cells: list[RenderableType] = []
         for shown in _FIGURES:
-            history = Text(sparkline(self._history[shown.metric], _SPARK_WIDTH), shown.style)
+            history = Text(sparkline(self._history[shown.metric], width), shown.style)
             cells += [shown.label, self._value(shown), history]
         for start in range(0, len(cells), 6):
             grid.add_row(*cells[start : start + 6])
