@@ -28,6 +28,7 @@ from rlsys.config.schema import VllmRollout
 from rlsys.engines.rollout.base import check_prompt
 from rlsys.engines.rollout.stopping import end_token_ids
 from rlsys.engines.rollout.vllm_args import check_engine_args
+from rlsys.engines.rollout.vllm_environment import core_environment
 from rlsys.engines.sync.buckets import Bucket
 from rlsys.engines.sync.verify import SyncError
 from rlsys.environments.base import Sample, SamplingParams
@@ -67,10 +68,12 @@ class VllmEngine:
             UserError: ``config.engine_args`` names something that vLLM lacks or rlsys decides.
         """
         arguments = engine_arguments(model_path, config, max_length=max_length, seed=seed)
-        with core_environment(threads or len(os.sched_getaffinity(0)), eager=config.enforce_eager):
+        threads = threads or len(os.sched_getaffinity(0))
+        with core_environment(threads, on_cpu=current_platform.is_cpu(), eager=config.enforce_eager):
             engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         end_ids = end_token_ids(model_path, AutoTokenizer.from_pretrained(model_path))
         started = cls(engine, max_length=max_length, end_ids=end_ids)
+        await started._rpc("rlsys_end_with_parent")
         await engine.update_weight_version(str(started.version.packed()))
         return started
 
@@ -106,7 +109,9 @@ class VllmEngine:
             return checksum
 
     async def close(self) -> None:
-        self._engine.shutdown()
+        engine = self.__dict__.pop("_engine", None)  # vLLM's finaliser must not be left to the interpreter's exit
+        if engine is not None:
+            engine.shutdown()
 
     async def _load(self, buckets: Iterable[Bucket]) -> str:
         await self._rpc("rlsys_begin_update")
@@ -166,34 +171,6 @@ def engine_arguments(model_path: str, config: VllmRollout, *, max_length: int, s
 
 
 @contextmanager
-def core_environment(threads: int, *, eager: bool) -> Iterator[None]:
-    """Environment variables that vLLM reads only from the environment, set while its core process is started.
-
-    On a CPU, vLLM would start a third process and pin the model's threads to all cores but one; here model and scheduler
-    share the core process, with ``threads`` threads that the kernel may place. Compiling sampling code with the machine's C++
-    compiler costs 10 s at the first token and gains nothing on a small batch, so ``eager`` turns that off too.
-    """
-    before = dict(os.environ)
-    os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", TOKENIZERS_PARALLELISM="false")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    if current_platform.is_cpu():
-        os.environ.update(
-            VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS=str(threads)
-        )
-        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the configured size
-        if eager:
-            os.environ["TORCH_COMPILE_DISABLE"] = "1"
-    try:
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
-
-
-@contextmanager
 def _shared(bucket: Bucket) -> Iterator[str]:
     """The bucket's bytes in anonymous shared memory, as a path that a process of the same user can open meanwhile."""
     descriptor = os.memfd_create("rlsys-weights")
@@ -210,7 +187,7 @@ def _sample(output: RequestOutput) -> Sample:
     token_ids = list(completion.token_ids)
     logprobs = [step[token].logprob for token, step in zip(token_ids, completion.logprobs, strict=True)]
     versions = [
-        WeightVersion.unpack(int(span.weight_version))
+        WeightVersion.unpack(int(span.version))
         for span in completion.weight_versions
         for _ in range(span.start, span.end)
     ]

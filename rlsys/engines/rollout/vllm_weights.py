@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import set_current_vllm_config
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rlsys.engines.sync.buckets import Bucket, Entry
@@ -66,8 +66,10 @@ class WeightReceiver:
 
     def rlsys_finish_update(self) -> str:
         """Returns the checksum of the weights that the model now holds."""
+        model = self.model_runner.get_model()
         with torch.no_grad(), set_current_vllm_config(self.vllm_config):
-            finalize_layerwise_reload(self.model_runner.get_model(), self.model_config)
+            finalize_layerwise_reload(model, self.model_config)
+            refresh_tied_head(model)
         return self.rlsys_checksum()
 
     def rlsys_checksum(self) -> str:
@@ -75,25 +77,31 @@ class WeightReceiver:
             return weights_checksum(held_weights(self.model_runner.get_model()), self.model_config.dtype)
 
 
+def refresh_tied_head(model: torch.nn.Module) -> None:
+    """Gives the kernel of a tied output head the embedding's new weights. The head's own layer is sent nothing, so vLLM does
+    not process it again, and on a CPU it would go on multiplying with its old packed copy."""
+    head, embedding = getattr(model, "lm_head", None), getattr(getattr(model, "model", None), "embed_tokens", None)
+    if isinstance(head, ParallelLMHead) and isinstance(embedding, VocabParallelEmbedding):
+        if head.weight is embedding.weight and hasattr(head, "cpu_linear"):
+            head.quant_method.process_weights_after_loading(head)
+
+
 def held_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights that ``model`` computes with, by Hugging Face name: fused layers cut into their parts, the
-    vocabulary's padding cut off, a head tied to the embedding left out.
+    vocabulary's padding cut off. A head tied to the embedding is left out unless it computes with something else.
 
-    On a CPU, vLLM hands a linear layer's weight to a matrix kernel that keeps it in a layout of its own and drops the
-    tensor; there the weight is read back by sending the identity through the layer, which returns it exactly.
-
-    Raises:
-        RuntimeError: the head's kernel and the embedding that it is tied to hold different weights.
+    On a CPU, vLLM hands the weight of a linear layer or head to a matrix kernel that keeps it in a layout of its own, and
+    drops the layer's tensor; there the weight is read back by sending the identity through the layer, which returns it
+    exactly.
     """
     fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-    head = getattr(model, "lm_head", None)
     seen: set[int] = set()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
+            tensor = _held(module, name, parameter.detach())
+            if id(parameter) in seen and tensor_digest(tensor) == tensor_digest(_unpadded(module, parameter.detach())):
                 continue
             seen.add(id(parameter))
-            tensor = _held(module, name, parameter, is_head=module is head)
             parent, _, leaf = path.rpartition(".")
             if leaf not in fused:
                 yield f"{path}.{name}", tensor
@@ -102,17 +110,17 @@ def held_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{parent}.{part}.{name}", piece
 
 
-def _held(module: torch.nn.Module, name: str, parameter: torch.Tensor, *, is_head: bool) -> torch.Tensor:
-    tensor = parameter.detach()
-    if name == "weight" and tensor.numel() == 0:
-        tensor = _through_kernel(module, module.input_size_per_partition, tensor)
-    elif name == "weight" and is_head and hasattr(module, "cpu_linear"):
-        packed = _through_kernel(module, tensor.shape[1], tensor)
-        if tensor_digest(packed) != tensor_digest(tensor):
-            raise RuntimeError("the output head's kernel does not hold the weights of the output head")
-    if isinstance(module, VocabParallelEmbedding):
-        tensor = tensor[: module.org_vocab_size]
-    return tensor
+def _held(module: torch.nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """What ``module`` computes with in place of ``parameter``."""
+    if name == "weight" and isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
+        parameter = _through_kernel(module, parameter.shape[1], parameter)
+    elif name == "weight" and parameter.numel() == 0:
+        parameter = _through_kernel(module, module.input_size_per_partition, parameter)
+    return _unpadded(module, parameter)
+
+
+def _unpadded(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    return weight[: module.org_vocab_size] if isinstance(module, VocabParallelEmbedding) else weight
 
 
 def _through_kernel(module: torch.nn.Module, inputs: int, like: torch.Tensor) -> torch.Tensor:

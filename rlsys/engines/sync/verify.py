@@ -8,7 +8,14 @@ class SyncError(RuntimeError):
     """The sampler does not hold the weights that it was sent; what it samples now must not be trained on."""
 
 
-def check_sync(*, sender_before: str | None, sender_after: str, sampler_before: str | None, sampler_after: str) -> None:
+def check_sync(
+    *,
+    sender_before: str | None,
+    sender_after: str,
+    sampler_before: str | None,
+    sampler_after: str,
+    sampler: str = "the sampler",
+) -> None:
     """Compares the checksums around one weight sync.
 
     Args:
@@ -16,6 +23,7 @@ def check_sync(*, sender_before: str | None, sender_after: str, sampler_before: 
         sender_after: checksum of what was sent now, in the sampler's dtype.
         sampler_before: checksum of what the sampler held before; None where it was not taken.
         sampler_after: checksum of what the sampler holds now, computed from what it holds.
+        sampler: its name, for the message.
 
     Raises:
         SyncError: the sampler did not change although the sender did, or it holds something else than was sent.
@@ -25,10 +33,10 @@ def check_sync(*, sender_before: str | None, sender_after: str, sampler_before: 
     sender_changed = sender_before is not None and sender_before != sender_after
     if sender_changed and sampler_before == sampler_after:
         raise SyncError(
-            "the trainer's weights changed but the sampler's did not: the update never reached it "
-            f"(sent {sender_after}, sampler still holds {sampler_after})"
+            f"the trainer's weights changed but those of {sampler} did not: the update never reached it "
+            f"(sent {sender_after}, it still holds {sampler_after})"
         )
     raise SyncError(
-        f"after the sync the sampler holds other weights than were sent (sent {sender_after}, it holds {sampler_after}): "
+        f"after the sync {sampler} holds other weights than were sent (sent {sender_after}, it holds {sampler_after}): "
         "a tensor is missing, went to a wrong name, or is not a finite number"
     )
