@@ -1,51 +1,74 @@
 """Jagged columns: rows of different length as one buffer of values and the offsets of its rows.
 
 A ``torch.nested`` jagged tensor is the view of the two; nothing is padded until an engine pads at its own door. Shapes:
-values [T, …] of all rows laid end to end, offsets [B + 1] with offsets[0] = 0, lengths [B].
+values [T, …] of all rows laid end to end, offsets [B + 1] with offsets[0] = 0, lengths [B]. Columns that share one
+offsets tensor can be added, multiplied and compared as they are; torch takes rows of other offsets for another shape.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+Side = Literal["left", "right"]
 
 
 def is_jagged(column: object) -> bool:
     return isinstance(column, Tensor) and column.is_nested and column.layout == torch.jagged
 
 
-def from_values(values: Tensor, lengths: Tensor) -> Tensor:
-    """A jagged column over ``values`` [T, …] (shared, not copied) with rows of ``lengths`` [B]."""
-    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64, device=values.device)
-    torch.cumsum(lengths, 0, out=offsets[1:])
-    if int(offsets[-1]) != len(values):
-        raise ValueError(f"lengths add up to {int(offsets[-1])}, and there are {len(values)} values")
+def from_values(
+    values: Tensor, lengths: Tensor | Sequence[int] | None = None, *, offsets: Tensor | None = None
+) -> Tensor:
+    """A jagged column over ``values`` [T, …] (shared, not copied) with rows of ``lengths`` [B] or at ``offsets`` [B + 1].
+
+    Raises:
+        ValueError: neither or both are given, or the rows do not add up to the values.
+    """
+    if (lengths is None) == (offsets is None):
+        raise ValueError("a jagged column is made from lengths or from offsets")
+    if offsets is None:
+        offsets = _offsets_of(torch.as_tensor(lengths, device=values.device))
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != len(values):
+        raise ValueError(f"lengths add up to {last - first}, and there are {len(values)} values")
     return torch.nested.nested_tensor_from_jagged(values, offsets)
 
 
 def from_rows(rows: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> Tensor:
-    """A jagged column from one tensor a row; ``dtype`` is needed only where there are no rows."""
+    """A jagged column from one tensor a row.
+
+    Args:
+        dtype: of the column; without it the type of the rows that have values counts (an empty row is often a float by
+            accident), and float32 where there are none.
+    """
+    if dtype is None:
+        dtype = next((row.dtype for row in rows if len(row)), rows[0].dtype if len(rows) else torch.float32)
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-    values = torch.cat(list(rows)) if rows else torch.empty(0, dtype=dtype or torch.float32)
-    return from_values(values if dtype is None else values.to(dtype), lengths)
+    values = torch.cat([row.to(dtype) for row in rows]) if len(rows) else torch.empty(0, dtype=dtype)
+    return from_values(values, lengths)
 
 
 def values(column: Tensor) -> Tensor:
     """[T, …] all rows end to end (shared memory)."""
-    return column.values()
+    return _compact(column).values()
 
 
 def offsets(column: Tensor) -> Tensor:
     """[B + 1] int64"""
-    return column.offsets()
+    return _compact(column).offsets().to(torch.int64)
 
 
 def lengths(column: Tensor) -> Tensor:
     """[B] int64"""
-    return column.offsets().diff()
+    return offsets(column).diff()
+
+
+def num_rows(column: Tensor) -> int:
+    return column.size(0)
 
 
 def to_rows(column: Tensor) -> list[Tensor]:
@@ -53,17 +76,63 @@ def to_rows(column: Tensor) -> list[Tensor]:
     return list(torch.split(values(column), lengths(column).tolist()))
 
 
-def select_rows(column: Tensor, rows: Tensor) -> Tensor:
-    """The rows at these indices [b] int64 or under this mask [B] bool, in that order; copies."""
-    rows = torch.as_tensor(rows, device=values(column).device)
-    if rows.dtype == torch.bool:
-        rows = rows.nonzero().flatten()
-    rows = rows % max(len(offsets(column)) - 1, 1) if len(rows) else rows.long()
-    picked = lengths(column)[rows]
-    starts = offsets(column)[:-1][rows]
-    # position of every value: start of its row, plus how far it is into the new row
-    within = torch.arange(int(picked.sum()), device=picked.device) - (picked.cumsum(0) - picked).repeat_interleave(picked)
-    return from_values(values(column)[starts.repeat_interleave(picked) + within], picked)
+class Gather(NamedTuple):
+    """Where the values of some rows lie: index [T'] into the values, and the offsets [b + 1] of the new rows.
+
+    Columns with equal offsets share one, and so does the result.
+    """
+
+    index: Tensor
+    offsets: Tensor
+
+
+def plan_rows(offsets: Tensor, rows: Tensor) -> Gather:
+    """The gather that lays rows [b] int64 (in any order, repeated or not, negative ones from the end) end to end.
+
+    Raises:
+        IndexError: there is no such row.
+    """
+    count = len(offsets) - 1
+    rows = rows.to(device=offsets.device, dtype=torch.int64)
+    if len(rows) and not (-count <= int(rows.min()) and int(rows.max()) < count):
+        raise IndexError(f"row {int(rows.min())} or {int(rows.max())} is not one of {count} rows")
+    rows = torch.where(rows < 0, rows + count, rows)
+    starts = offsets[:-1][rows]
+    picked = offsets[1:][rows] - starts
+    new = _offsets_of(picked)
+    # position of every value: how far it is into the new buffer, moved by how far its row has moved
+    moved = (starts - new[:-1]).repeat_interleave(picked)
+    return Gather(moved.add_(torch.arange(len(moved), device=offsets.device)), new)
+
+
+def gather(column: Tensor, plan: Gather) -> Tensor:
+    """The column's values at ``plan``, as a jagged column that shares the plan's offsets."""
+    return torch.nested.nested_tensor_from_jagged(values(column)[plan.index], plan.offsets)
+
+
+def select_rows(column: Tensor, rows: Tensor | Sequence[int]) -> Tensor:
+    """The rows at these indices [b] or under this mask [B] bool, in that order; copies.
+
+    Raises:
+        IndexError: there is no such row, or the mask does not have one value a row.
+    """
+    return gather(column, plan_rows(offsets(column), row_indices(rows, num_rows(column))))
+
+
+def row_indices(rows: Tensor | Sequence[int], count: int) -> Tensor:
+    """[b] int64 indices from indices or from a mask of ``count`` rows."""
+    rows = torch.as_tensor(rows)
+    if rows.dtype != torch.bool:
+        return rows.to(torch.int64)
+    if len(rows) != count:
+        raise IndexError(f"a mask of {len(rows)} does not fit {count} rows")
+    return rows.nonzero().flatten()
+
+
+def slice_rows(column: Tensor, start: int, stop: int) -> Tensor:
+    """Rows start … stop-1 (0 ≤ start ≤ stop ≤ B); a view."""
+    bounds = offsets(column)[start : stop + 1]
+    return from_values(values(column)[int(bounds[0]) : int(bounds[-1])], offsets=bounds - bounds[0])
 
 
 def concat(columns: Sequence[Tensor]) -> Tensor:
@@ -71,30 +140,81 @@ def concat(columns: Sequence[Tensor]) -> Tensor:
     return from_values(torch.cat([values(c) for c in columns]), torch.cat([lengths(c) for c in columns]))
 
 
+def repeat(column: Tensor, times: int, *, interleave: bool = True) -> Tensor:
+    """Every row ``times`` times: each next to itself, or the whole column again and again."""
+    rows = torch.arange(num_rows(column))
+    return select_rows(column, rows.repeat_interleave(times) if interleave else rows.repeat(times))
+
+
+def equal(left: Tensor, right: Tensor) -> bool:
+    """The same rows with the same values (NaN is not equal to itself, as in ``torch.equal``)."""
+    return torch.equal(offsets(left), offsets(right)) and torch.equal(values(left), values(right))
+
+
 def segment_sum(column: Tensor) -> Tensor:
     """[B] sum of each row's values; integers for bool and integer columns."""
     flat = values(column)
     flat = flat.long() if flat.dtype == torch.bool else flat
-    index = torch.arange(len(offsets(column)) - 1, device=flat.device).repeat_interleave(lengths(column))
-    return torch.zeros(len(offsets(column)) - 1, dtype=flat.dtype, device=flat.device).index_add_(0, index, flat)
+    index = torch.arange(num_rows(column), device=flat.device).repeat_interleave(lengths(column))
+    return torch.zeros(num_rows(column), dtype=flat.dtype, device=flat.device).index_add_(0, index, flat)
 
 
-def pad(column: Tensor, value: float, *, length: int | None = None, side: Literal["left", "right"] = "right") -> Tensor:
-    """[B, L] dense, rows padded with ``value`` to the longest (or to ``length``)."""
+def pad(column: Tensor, value: float, *, length: int | None = None, side: Side = "right") -> Tensor:
+    """[B, L, …] dense, rows padded with ``value`` to the longest (or to ``length``).
+
+    Raises:
+        ValueError: a row is longer than ``length``.
+    """
     sizes = lengths(column)
     longest = int(sizes.max()) if len(sizes) else 0
     width = longest if length is None else length
     if longest > width:
         raise ValueError(f"a row of {longest} does not fit into {width}")
-    column_index = torch.arange(width, device=sizes.device)
-    inside = column_index < sizes[:, None] if side == "right" else column_index >= width - sizes[:, None]
-    dense = values(column).new_full((len(sizes), width, *values(column).shape[1:]), value)
-    dense[inside] = values(column)
+    flat = values(column)
+    dense = flat.new_full((len(sizes), width, *flat.shape[1:]), value)
+    dense[_inside(sizes, width, side)] = flat
     return dense
 
 
-def unpad(dense: Tensor, sizes: Tensor, *, side: Literal["left", "right"] = "right") -> Tensor:
-    """The jagged column of the first (last) ``sizes`` [B] values of each row of ``dense`` [B, L]."""
-    index = torch.arange(dense.shape[1], device=dense.device)
-    inside = index < sizes[:, None] if side == "right" else index >= dense.shape[1] - sizes[:, None]
-    return from_values(dense[inside], sizes)
+def unpad(dense: Tensor, sizes: Tensor, *, side: Side = "right") -> Tensor:
+    """The jagged column of the first (``side`` left: last) ``sizes`` [B] values of each row of ``dense`` [B, L, …].
+
+    Raises:
+        ValueError: a row has fewer values than its size.
+    """
+    if len(sizes) and int(sizes.max()) > dense.shape[1]:
+        raise ValueError(f"a row of {int(sizes.max())} was not padded to {dense.shape[1]}")
+    return from_values(dense[_inside(sizes.to(dense.device), dense.shape[1], side)], sizes)
+
+
+def _inside(sizes: Tensor, width: int, side: Side) -> Tensor:
+    """[B, width] bool: where the values of padded rows are."""
+    place = torch.arange(width, device=sizes.device)
+    return place < sizes[:, None] if side == "right" else place >= width - sizes[:, None]
+
+
+def _offsets_of(sizes: Tensor) -> Tensor:
+    """[B + 1] from lengths [B]."""
+    if len(sizes) and int(sizes.min()) < 0:
+        raise ValueError(f"a row cannot have a length of {int(sizes.min())}")
+    bounds = torch.zeros(len(sizes) + 1, dtype=torch.int64, device=sizes.device)
+    torch.cumsum(sizes, 0, out=bounds[1:])
+    return bounds
+
+
+def _compact(column: Tensor) -> Tensor:
+    """The column without holes: ``torch.narrow`` and the like make rows that do not fill the buffer.
+
+    Raises:
+        ValueError: the rows differ in another dimension than their first.
+    """
+    if column._ragged_idx != 1:
+        raise ValueError(
+            f"rows of a jagged column differ in their first dimension, not in dimension {column._ragged_idx - 1}"
+        )
+    if column.lengths() is None:
+        return column
+    starts, sizes = column.offsets()[: column.size(0)], column.lengths()
+    new = _offsets_of(sizes)
+    moved = (starts - new[:-1]).repeat_interleave(sizes)
+    return from_values(column.values()[moved + torch.arange(len(moved), device=moved.device)], offsets=new)
