@@ -118,7 +118,11 @@ def run_header(
     rows = {
         "model": f"{config.model.path} · {count(parameters)} parameters · {config.model.dtype}",
         "data": f"{data.kind} · {training} training problems · {count(held_out_problems)} held out",
-        "reward": " + ".join(config.reward.parts),
+        "reward": " + ".join(
+            (f"{part.weight:g} × " if part.weight != 1 else "") + name + (f" ({part.use})" if part.use != name else "")
+            for name, part in config.reward.parts.items()
+        )
+        + (" · permuted over the batch: the control" if config.reward.permute else ""),
         "batch": f"{data.prompts_per_step} prompts × {rollout.samples_per_prompt} samples = {samples} responses "
         f"a step, at most {data.max_response_tokens} tokens each",
         "algorithm": f"{algorithm.advantage} · {algorithm.loss} · {algorithm.aggregation} · lr {config.trainer.lr:g}"

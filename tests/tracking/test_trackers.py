@@ -101,10 +101,14 @@ def test_tensorboard_can_be_read_back_and_a_resumed_run_replaces(tmp_path: Path)
     assert values == [(1, 1.0), (2, 12.0), (3, 13.0)]
 
 
-@pytest.mark.slow
-def test_wandb_records_offline_without_asking_for_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+@pytest.mark.parametrize("mode", [None, "online", "offline"])
+def test_wandb_records_offline_without_asking_for_a_key(
+    mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
+    if mode:
+        monkeypatch.setenv("WANDB_MODE", mode)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     reports: list[str] = []
     trackers = TrackerSet(["wandb"], reports.append)
@@ -112,7 +116,7 @@ def test_wandb_records_offline_without_asking_for_a_key(tmp_path: Path, monkeypa
     trackers.log({"reward/mean": 0.5}, 1)
     trackers.finish(SUMMARY)
     assert len(reports) == 1
-    assert "offline" in reports[0]
+    assert reports[0].startswith("wandb: recording offline")
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 

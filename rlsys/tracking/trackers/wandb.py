@@ -33,7 +33,9 @@ class WandB:
     def start(self, config: Mapping[str, Any], folder: Path) -> str | None:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if has_credentials() else "offline")
+        mode = os.environ.get("WANDB_MODE") or "online"
+        if mode == "online" and not has_credentials():
+            mode = "offline"
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or config.get("tracker", {}).get("project", "rlsys"),
             name=config.get("name"),
