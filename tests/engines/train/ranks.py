@@ -1,0 +1,96 @@
+"""One process of the multi-rank test: the same training with 1, 2 and 4 ranks, one group after the other.
+
+    python ranks.py RANK MODEL_FOLDER OUTPUT_FOLDER PORT_1 PORT_2 PORT_4
+
+Rank 0 of each group writes what it saw: ``<ranks>.json`` (metrics) and ``<ranks>.safetensors`` (gradients, weights).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from training_batches import process_group, random_batch
+
+from rlsys.algorithms.objective import Objective, PolicyGradient
+from rlsys.batch import DataProto, jagged
+from rlsys.config.schema import ModelConfig, TrainerConfig
+from rlsys.engines.train import load_engine
+from rlsys.engines.train.fsdp import FsdpEngine
+
+OBJECTIVE = Objective({"policy": (PolicyGradient(kl_coef=0.1, entropy_coef=0.01), 1.0)})
+ROWS = 9  # on 4 ranks: 5, 3, 1 and none
+SHARES = {1: [9], 2: [7, 2], 4: [5, 3, 1, 0]}
+BUDGETS = {1: 4000, 2: 64, 4: 90}
+
+
+def share_of(batch: DataProto, rank: int, ranks: int) -> DataProto:
+    """This rank's rows: uneven shares, and not in the order of the ranks."""
+    order = list(range(ROWS))[::-1] if ranks == 2 else list(range(ROWS))
+    start = sum(SHARES[ranks][:rank])
+    rows = order[start : start + SHARES[ranks][rank]]
+    tensors = {}
+    for name, column in batch.batch.items():
+        parts = jagged.to_rows(column)
+        tensors[name] = jagged.from_rows([parts[row] for row in rows], dtype=column.dtype)
+    return DataProto.from_dict(tensors=tensors)
+
+
+def tensors_of(engine: FsdpEngine, what: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole gradients or moments; a collective."""
+    for name, parameter in engine._parameters.items():
+        held = parameter.grad if what == "grad" else engine._optimizer.state[parameter][what]
+        yield f"{what}/{name}", held.full_tensor().clone()
+
+
+def train(rank: int, ranks: int, model: Path, output: Path) -> None:
+    trainer = TrainerConfig(lr=1e-2, micro_batch_tokens=BUDGETS[ranks], logprob_chunk_tokens=17)
+    config = ModelConfig(path=str(model))
+    engine = load_engine(config, trainer, temperature=0.7, total_steps=10, seed=0)
+    batch = share_of(random_batch(seed=3, rows=ROWS), rank, ranks)
+    metrics: dict[str, float] = {}
+    kept: dict[str, torch.Tensor] = {}
+
+    forward = jagged.values(engine.forward(batch).batch["logprobs"]).sum().item()
+    metrics["rows"], metrics["logprobs"] = len(batch), forward
+    metrics |= engine.forward_backward(batch, OBJECTIVE)
+    kept |= dict(tensors_of(engine, "grad"))
+    metrics |= engine.optim_step()
+    kept |= {f"weight/{name}": w.clone() for name, w in engine.export_weights(torch.float32)}
+    kept |= dict(tensors_of(engine, "exp_avg"))
+
+    # A checkpoint of two ranks, read by every number of ranks, goes on the same way.
+    state = output / "state"
+    if ranks == 2:
+        state.mkdir(exist_ok=True)
+        engine.save_state(state)
+    else:
+        engine.forward_backward(batch, OBJECTIVE)
+        engine.optim_step()
+        engine.load_state(state)
+    kept |= {f"loaded/{name}": w.clone() for name, w in engine.export_weights(torch.float32)}
+    kept |= {f"loaded/{name}": t for what in ("exp_avg", "exp_avg_sq") for name, t in tensors_of(engine, what)}
+    metrics |= {f"second/{k}": v for k, v in engine.forward_backward(batch, OBJECTIVE).items()}
+    metrics |= {f"second/{k}": v for k, v in engine.optim_step().items()}
+    kept |= {f"second/{name}": w.clone() for name, w in engine.export_weights(torch.float32)}
+    if rank == 0:
+        (output / f"{ranks}.json").write_text(json.dumps(metrics))
+        save_file(kept, output / f"{ranks}.safetensors")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rank, model, output = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    ports = dict(zip((1, 2, 4), map(int, sys.argv[4:]), strict=True))
+    for ranks in (2, 4, 1):
+        if rank < ranks:
+            with process_group(rank, ranks, ports[ranks]):
+                train(rank, ranks, model, output)
+
+
+if __name__ == "__main__":
+    main()

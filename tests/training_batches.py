@@ -1,0 +1,60 @@
+"""Random batches for train engines, and process groups to run them in."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from rlsys.batch import DataProto, jagged
+from rlsys.engines.train import init_process_group
+
+
+def random_batch(seed: int = 0, rows: int = 10, vocab: int = 72, given_tokens: bool = True) -> DataProto:
+    """Ragged rows with every column that a policy-gradient channel may read; some response tokens are given."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(1, 12, (rows,), generator=generator)
+    responses = torch.randint(1, 20, (rows,), generator=generator)
+    tokens = int(responses.sum())
+    mask = torch.ones(tokens, dtype=torch.bool)
+    if given_tokens:
+        mask = torch.rand(tokens, generator=generator) < 0.8
+    old = -3 * torch.rand(tokens, generator=generator)
+    advantages = torch.randn(rows, generator=generator).repeat_interleave(responses)
+    response_columns = {
+        "response_ids": torch.randint(vocab, (tokens,), generator=generator),
+        "response_mask": mask,
+        "old_logprobs": old * mask,
+        "ref_logprobs": (old + 0.3 * torch.randn(tokens, generator=generator)) * mask,
+        "advantages": advantages * mask,
+    }
+    prompt_ids = torch.randint(vocab, (int(prompts.sum()),), generator=generator)
+    return DataProto.from_dict(
+        tensors={
+            "prompt_ids": jagged.from_values(prompt_ids, prompts),
+            **{name: jagged.from_values(values, responses) for name, values in response_columns.items()},
+        }
+    )
+
+
+def rows_of(batch: DataProto, name: str) -> list[list[float]]:
+    return [row.tolist() for row in jagged.to_rows(batch.batch[name])]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def process_group(rank: int = 0, world_size: int = 1, port: int | None = None) -> Iterator[None]:
+    """The default group, for as long as the context lasts."""
+    init_process_group(rank, world_size, "127.0.0.1", port or free_port(), timeout_s=120)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
