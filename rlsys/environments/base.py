@@ -32,8 +32,9 @@ class SamplingParams:
 
     temperature: logits are divided by it; 0: greedy (evaluation).
     max_tokens: longest continuation.
-    seed: of this sequence alone, 0 … 2⁶³-1; the same seed, prompt and weights give the same tokens whatever else is in the
-        batch (exactly for the torch engine on the same batch; up to kernel round-off otherwise).
+    seed: of this sequence alone, 0 … 2⁶³-1; the same seed, prompt and weights give the same tokens whatever else is in
+        the batch (exactly for the torch engine on the same batch; up to kernel round-off otherwise). Its low 32 bits
+        must differ between samples: vLLM on a CPU uses no others.
     stop: texts that end the sequence; stop_token_ids: ids that do, besides the model's end-of-sequence ids.
     """
 
@@ -51,8 +52,8 @@ class Sampler(Protocol):
 
 
 class SamplingClient(Protocol):
-    """Continues token sequences. Bound to one sample of one prompt: it knows temperature, limits, stop rules and the sample's
-    seed (a function of run seed, prompt uid, sample index, attempt)."""
+    """Continues token sequences. Bound to one sample of one prompt: it knows temperature, limits, stop rules and the
+    sample's seed (a function of run seed, prompt uid, sample index, attempt)."""
 
     async def sample(self, token_ids: list[int], *, max_tokens: int | None = None) -> Sample:
         """Continue ``token_ids``; ``max_tokens`` tightens the response limit for this call."""

@@ -66,7 +66,7 @@ class BoundClient:
         self._turn = 0
 
     async def sample(self, token_ids: list[int], *, max_tokens: int | None = None) -> Sample:
-        """Continues ``token_ids`` within what is left of the response limit; nothing left: an empty sample, ``length``."""
+        """Continues ``token_ids`` within what is left of the response limit; an empty sample, ``length``, if nothing is."""
         left = self._limit - len(token_ids)
         if max_tokens is not None:
             left = min(left, max_tokens)
@@ -105,9 +105,12 @@ async def play_group(
         )
         return await environment.run(list(prompt_ids), task, client)
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(play(index)) for index in range(samples)]
-    return [task.result() for task in tasks]
+    plays = [asyncio.create_task(play(index)) for index in range(samples)]
+    try:
+        return await asyncio.gather(*plays)
+    finally:
+        for unfinished in plays:
+            unfinished.cancel()
 
 
 def trajectories_to_batch(prompts: DataProto, groups: Sequence[Sequence[Trajectory]]) -> DataProto:

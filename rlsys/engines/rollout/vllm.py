@@ -1,7 +1,7 @@
 """vLLM's asynchronous engine as a rollout engine.
 
-The engine core (scheduler, model, KV cache) is a process of its own that vLLM starts; this one keeps the event loop. The
-core ends with this process, however it ends. New weights reach the core through anonymous shared memory.
+The engine core (scheduler, model, KV cache) is a process of its own that vLLM starts; this one keeps the event loop.
+The core ends with this process, however it ends. New weights reach it through anonymous shared memory.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ class VllmEngine:
                 checksum = await self._load(buckets)
                 await self._engine.update_weight_version(str(version.packed()))
             except BaseException as error:
-                self._broken = f"an update to {tuple(version)} broke off half-way ({error!r}): the sampler must be restarted"
+                self._broken = (
+                    f"an update to {tuple(version)} broke off half-way ({error!r}): the sampler must be restarted"
+                )
                 await self._engine.pause_generation(mode="abort", clear_cache=False)
                 raise SyncError(self._broken) from error
             self.version = version

@@ -1,4 +1,4 @@
-"""The pass-through ``rollout.engine_args``: names that vLLM knows, and none that rlsys decides itself. Imports no vLLM."""
+"""The pass-through ``rollout.engine_args``: names that vLLM has, none that rlsys decides itself. Imports no vLLM."""
 
 from __future__ import annotations
 

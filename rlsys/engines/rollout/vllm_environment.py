@@ -17,9 +17,10 @@ def quiet() -> None:
 def core_environment(threads: int, *, on_cpu: bool, eager: bool) -> Iterator[None]:
     """The environment that vLLM's core process is started in; afterwards this process has its own again.
 
-    On a CPU, vLLM would start a third process and pin the model's threads to all cores but one; here model and scheduler
-    share the core process, with ``threads`` threads that the kernel may place. Compiling sampling code with the machine's
-    C++ compiler costs 10 s at the first token and gains nothing on a small batch, so ``eager`` turns that off too.
+    On a CPU, vLLM would start a third process and pin the model's threads to all cores but one; here model and
+    scheduler share the core process, with ``threads`` threads that the operating system may place. Compiling sampling
+    code with the machine's C++ compiler takes 10 s at the first token and gains nothing on a small batch, so ``eager``
+    turns that off too.
     """
     before = dict(os.environ)
     quiet()

@@ -78,21 +78,21 @@ class WeightReceiver:
 
 
 def refresh_tied_head(model: torch.nn.Module) -> None:
-    """Gives the kernel of a tied output head the embedding's new weights. The head's own layer is sent nothing, so vLLM does
-    not process it again, and on a CPU it would go on multiplying with its old packed copy."""
+    """Gives the kernel of a tied output head the embedding's new weights. The head's own layer is sent nothing, so vLLM
+    does not process it again, and on a CPU it would go on multiplying with its old packed copy."""
     head, embedding = getattr(model, "lm_head", None), getattr(getattr(model, "model", None), "embed_tokens", None)
-    if isinstance(head, ParallelLMHead) and isinstance(embedding, VocabParallelEmbedding):
-        if head.weight is embedding.weight and hasattr(head, "cpu_linear"):
-            head.quant_method.process_weights_after_loading(head)
+    tied = isinstance(head, ParallelLMHead) and head.weight is getattr(embedding, "weight", None)
+    if tied and hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)
 
 
 def held_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights that ``model`` computes with, by Hugging Face name: fused layers cut into their parts, the
     vocabulary's padding cut off. A head tied to the embedding is left out unless it computes with something else.
 
-    On a CPU, vLLM hands the weight of a linear layer or head to a matrix kernel that keeps it in a layout of its own, and
-    drops the layer's tensor; there the weight is read back by sending the identity through the layer, which returns it
-    exactly.
+    On a CPU, vLLM hands the weight of a linear layer or head to a matrix kernel that keeps it in a layout of its own,
+    and drops the layer's tensor; there the weight is read back by sending the identity through the layer, which returns
+    it exactly.
     """
     fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     seen: set[int] = set()
