@@ -138,9 +138,10 @@ class RewardPool:
 
     def _step(self, job: _Job | None) -> None:
         """Waits for the next reports or the next deadline, and deals with them."""
-        deadlines = [p.deadline for p in self._processes if p.deadline is not None]
-        wait_s = max(0.0, min(deadlines) - time.monotonic()) if deadlines else 0.0
-        for key, _ in self._selector.select(wait_s):
+        if not self._processes:
+            return  # all died while they were idle; new ones come next
+        deadline = min(p.deadline for p in self._processes if p.deadline is not None)  # somebody has something to do
+        for key, _ in self._selector.select(max(0.0, deadline - time.monotonic())):
             self._read(key.data, job)
         for process in list(self._processes):
             late = process.deadline is not None and time.monotonic() > process.deadline

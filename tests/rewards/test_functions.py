@@ -68,7 +68,7 @@ def test_length_of_text_without_a_rollout() -> None:
 @pytest.mark.parametrize(
     ("response", "answer", "score"),
     [
-        (r"So \boxed{\frac{1}{2}}.", "0.5", 1), (r"So \boxed{0.5}.", r"\frac{1}{2}", 1), 
+        (r"So \boxed{\frac{1}{2}}.", "0.5", 1), (r"So \boxed{0.5}.", r"\frac{1}{2}", 1),
         (r"$x^2+2x+1$", "$(x+1)^2$", 1), ("The answer is 18", "18", 1),
         (r"\boxed{\sqrt{8}}", r"2\sqrt{2}", 1), (r"\boxed{3}", "4", 0), ("I do not know", "4", 0),
         (r"\boxed{\{1,2\}}", r"\{2,1\}", 1), ("1/3", 1 / 3, 1),

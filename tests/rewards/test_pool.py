@@ -28,7 +28,7 @@ MODULE = """
         if response == "loop in C": re.match(r"(a+)+$", "a" * 64 + "b")
         if response == "wait": threading.Event().wait()
         if response == "child":
-            child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+            child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
             open(task["pid_file"], "w").write(str(child.pid))
             child.wait()
         if response == "exit": os._exit(3)
@@ -132,6 +132,8 @@ def test_what_a_reward_started_ends_with_it(tmp_path: Path) -> None:
     assert sample.failure is not None
     pid = int(pid_file.read_text())
     _, alive = psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=20)
+    for process in alive:
+        process.kill()
     assert not alive
 
 
