@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,22 +75,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in means)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """What a display shows at the start, and what it counts towards.
-
-    title: name of the run.
-    rows: what will be trained on what, in order.
-    steps: of the whole run; first_step: done before this session.
-    """
-
-    title: str
-    rows: Mapping[str, str]
-    steps: int
-    first_step: int = 0
-
-
-def run_header(
+def header_rows(
     config: RunConfig,
     *,
     parameters: int,
@@ -101,8 +85,8 @@ def run_header(
     cluster: str,
     run_folder: Path,
     resumed_step: int | None = None,
-) -> Header:
-    """What will be trained on what.
+) -> dict[str, str]:
+    """What will be trained on what, for :meth:`rlsys.tracking.display.Display.start`.
 
     Args:
         parameters: of the model.
@@ -115,7 +99,7 @@ def run_header(
     kl = f" · KL {algorithm.kl.coef:g} ({algorithm.kl.estimator}, in the {algorithm.kl.placement})"
     samples = data.prompts_per_step * rollout.samples_per_prompt
     training = "endless" if training_problems is None else count(training_problems)
-    rows = {
+    return {
         "model": f"{config.model.path} · {count(parameters)} parameters · {config.model.dtype}",
         "data": f"{data.kind} · {training} training problems · {count(held_out_problems)} held out",
         "reward": " + ".join(
@@ -133,41 +117,33 @@ def run_header(
         f"sampler: {rollout.workers} × {rollout.engine}",
         "run folder": short_path(run_folder),
     }
-    return Header(title=config.name, rows=rows, steps=config.steps, first_step=resumed_step or 0)
 
 
-def header_block(header: Header) -> RenderableType:
+def header_block(title: str, rows: Mapping[str, str]) -> RenderableType:
     """The block at the start."""
-    title = Text(header.title, f"bold {ACCENT}")
-    return Panel(_grid(header.rows), title=title, title_align="left", border_style=ACCENT, expand=True)
+    return Panel(_grid(rows), title=Text(title, f"bold {ACCENT}"), title_align="left", border_style=ACCENT, expand=True)
 
 
-def print_summary(
-    console: Console,
-    summary: Mapping[str, Any],
-    *,
-    picture: Path | None = None,
-    reason: str = "",
-    next_command: str | None = None,
-) -> None:
+def print_summary(console: Console, summary: Mapping[str, Any], plot: Path | None, next_command: str | None) -> None:
     """The block at the end, and what to do next.
 
     Args:
         summary: content of ``summary.json``.
-        picture: of the learning curves.
-        reason: why the run ended, where it did not finish.
-        next_command: the same run on a real model and a GPU; printed without a frame or breaks, to be copied.
+        plot: the picture of the learning curves.
+        next_command: after a finished run the same one on a real model and a GPU, after another the way to go on;
+            printed without a frame or breaks, to be copied.
     """
-    console.print(summary_block(summary, picture, reason))
+    console.print(summary_block(summary, plot))
     if next_command:
-        console.print(Text("The same on a real model and a GPU:", "bold"))
+        finished = summary["status"] == "finished"
+        console.print(Text("The same on a real model and a GPU:" if finished else "To go on:", "bold"))
         console.print(Text(f"  {next_command}"), soft_wrap=True)
 
 
-def summary_block(summary: Mapping[str, Any], picture: Path | None = None, reason: str = "") -> RenderableType:
+def summary_block(summary: Mapping[str, Any], plot: Path | None) -> RenderableType:
     """What came of the run."""
     before, after = summary.get("eval/initial_accuracy"), summary.get("eval/final_accuracy")
-    rows: dict[str, str | Text] = {"reason": reason} if reason else {}
+    rows: dict[str, str | Text] = {}
     if before is not None and after is not None:
         gain = 100 * (after - before)
         rows["held-out accuracy"] = Text.assemble(
@@ -186,8 +162,8 @@ def summary_block(summary: Mapping[str, Any], picture: Path | None = None, reaso
         rows["sampler vs. trainer"] = f"log-probs differ by {figure(mismatch)} at most (mean over a step)"
     rows["peak memory"] = f"{size(summary['peak_memory_bytes'])}, all processes together"
     rows["run folder"] = short_path(Path(summary["run_folder"]))
-    if picture is not None:
-        rows["learning curves"] = short_path(picture)
+    if plot is not None:
+        rows["learning curves"] = short_path(plot)
     status = summary["status"]
     colour = {"finished": "green", "interrupted": "yellow", "failed": "red"}[status]
     title = Text(f"{summary['name']}: {status}", f"bold {colour}")

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from rich.console import Console
 
-from rlsys.tracking.blocks import Header, count, duration, figure, header_block, percent, print_summary
+from rlsys.tracking.blocks import count, duration, figure, header_block, percent, print_summary
 from rlsys.tracking.live import LiveDisplay
 from rlsys.tracking.progress import Progress
 
@@ -18,8 +18,8 @@ from rlsys.tracking.progress import Progress
 class Display(Protocol):
     """Shows a run. ``close`` gives the terminal back as it was, whatever happened, and may be called twice."""
 
-    def start(self, header: Header) -> None:
-        """The block that says what will be trained on what (:func:`rlsys.tracking.blocks.run_header`)."""
+    def start(self, header: Mapping[str, str]) -> None:
+        """The block that says what will be trained on what (:func:`rlsys.tracking.blocks.header_rows`)."""
         ...
 
     def phase(self, name: str) -> None:
@@ -34,44 +34,45 @@ class Display(Protocol):
         """A sentence for the user; an alert is shown so that it is noticed."""
         ...
 
-    def finish(
-        self,
-        summary: Mapping[str, Any],
-        *,
-        picture: Path | None = None,
-        reason: str = "",
-        next_command: str | None = None,
-    ) -> None:
+    def finish(self, summary: Mapping[str, Any], *, plot: Path | None = None, next_command: str | None = None) -> None:
         """The block that says what came of it; ends the display. See :func:`rlsys.tracking.blocks.print_summary`."""
         ...
 
     def close(self) -> None: ...
 
 
-def make_display(mode: Literal["auto", "live", "plain"], console: Console | None = None) -> Display:
+def make_display(
+    mode: Literal["auto", "live", "plain"],
+    *,
+    title: str,
+    steps: int,
+    first_step: int = 0,
+    console: Console | None = None,
+) -> Display:
     """The display of a run.
 
     Args:
         mode: ``auto``: live on a terminal, plain lines elsewhere (config: ``tracker.display``).
+        title: of the block at the start.
+        steps: of the whole run; first_step: done before this session.
         console: to write to; None: standard output.
     """
     console = console or Console(file=sys.stdout, highlight=False)
     if mode == "live" or (mode == "auto" and console.is_terminal):
-        return LiveDisplay(console)
-    return PlainDisplay(console)
+        return LiveDisplay(console, title=title, steps=steps, first_step=first_step)
+    return PlainDisplay(console, title=title, steps=steps, first_step=first_step)
 
 
 class PlainDisplay:
     """One line a step, but at most one every ``every_s`` seconds besides evaluations and the last step."""
 
-    def __init__(self, console: Console, every_s: float = 2.0):
-        self._console, self._every_s = console, every_s
-        self._progress = Progress(0)
+    def __init__(self, console: Console, *, title: str, steps: int, first_step: int = 0, every_s: float = 2.0):
+        self._console, self._title, self._every_s = console, title, every_s
+        self._progress = Progress(steps, first_step)
         self._printed = -float("inf")
 
-    def start(self, header: Header) -> None:
-        self._progress = Progress(header.steps, header.first_step)
-        self._console.print(header_block(header))
+    def start(self, header: Mapping[str, str]) -> None:
+        self._console.print(header_block(self._title, header))
 
     def phase(self, name: str) -> None:
         """Not shown: a log wants no line for each phase."""
@@ -87,15 +88,8 @@ class PlainDisplay:
     def note(self, text: str, *, alert: bool = False) -> None:
         self._say(f"{'ALERT: ' if alert else ''}{text}")
 
-    def finish(
-        self,
-        summary: Mapping[str, Any],
-        *,
-        picture: Path | None = None,
-        reason: str = "",
-        next_command: str | None = None,
-    ) -> None:
-        print_summary(self._console, summary, picture=picture, reason=reason, next_command=next_command)
+    def finish(self, summary: Mapping[str, Any], *, plot: Path | None = None, next_command: str | None = None) -> None:
+        print_summary(self._console, summary, plot, next_command)
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -19,7 +19,6 @@ from rich.text import Text
 
 from rlsys.tracking.blocks import (
     ACCENT,
-    Header,
     count,
     duration,
     figure,
@@ -58,9 +57,9 @@ class LiveDisplay:
     See :class:`rlsys.tracking.display.Display` for the calls.
     """
 
-    def __init__(self, console: Console):
-        self._console = console
-        self._progress = Progress(0)
+    def __init__(self, console: Console, *, title: str, steps: int, first_step: int = 0):
+        self._console, self._title = console, title
+        self._progress = Progress(steps, first_step)
         self._history: dict[str, list[float]] = defaultdict(list)
         self._last: dict[str, float] = {}
         self._phase_times: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_PHASE_STEPS))
@@ -69,9 +68,8 @@ class LiveDisplay:
         self._spinner = Spinner("dots", style=ACCENT)
         self._live: Live | None = None
 
-    def start(self, header: Header) -> None:
-        self._progress = Progress(header.steps, header.first_step)
-        self._console.print(header_block(header))
+    def start(self, header: Mapping[str, str]) -> None:
+        self._console.print(header_block(self._title, header))
         self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=5, transient=False)
         atexit.register(self.close)  # a crash must not leave the cursor hidden either
         self._live.start()
@@ -94,17 +92,10 @@ class LiveDisplay:
         else:
             self._console.print(Text(text, "dim"))
 
-    def finish(
-        self,
-        summary: Mapping[str, Any],
-        *,
-        picture: Path | None = None,
-        reason: str = "",
-        next_command: str | None = None,
-    ) -> None:
+    def finish(self, summary: Mapping[str, Any], *, plot: Path | None = None, next_command: str | None = None) -> None:
         self._phase = str(summary["status"])
         self.close()
-        print_summary(self._console, summary, picture=picture, reason=reason, next_command=next_command)
+        print_summary(self._console, summary, plot, next_command)
 
     def close(self) -> None:
         """Stops redrawing and shows the cursor again."""

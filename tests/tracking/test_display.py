@@ -25,7 +25,8 @@ from rlsys.tracking import blocks
 from rlsys.tracking.display import PlainDisplay, make_display
 from rlsys.tracking.live import LiveDisplay
 
-HEADER = blocks.Header(title="grpo_qwen", rows={"model": "tiny · 0.8 M parameters", "run folder": "runs/x"}, steps=30)
+HEADER = {"model": "tiny · 0.8 M parameters", "run folder": "runs/x"}
+RUN = {"title": "grpo_qwen", "steps": 30}
 SUMMARY = {
     "name": "grpo_qwen",
     "status": "finished",
@@ -71,14 +72,14 @@ def play(display: PlainDisplay | LiveDisplay) -> str:
         display.step(metrics(step))
     display.note("checkpoint written")
     display.note("look at the mismatch", alert=True)
-    display.finish(SUMMARY, picture=Path("/runs/x/curves.png"), next_command=COMMAND)
+    display.finish(SUMMARY, plot=Path("/runs/x/curves.png"), next_command=COMMAND)
     return display._console.file.getvalue()
 
 
 @pytest.mark.parametrize("width", [80, 100])
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_run_fits_the_terminal_and_says_what_it_must(width: int, terminal: bool):
-    display = make_display("auto", console(width, terminal))
+    display = make_display("auto", **RUN, console=console(width, terminal))
     assert isinstance(display, LiveDisplay if terminal else PlainDisplay)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", play(display))
     for expected in (
@@ -103,7 +104,7 @@ def test_a_run_fits_the_terminal_and_says_what_it_must(width: int, terminal: boo
 
 def test_the_live_panel_has_its_figures_at_80_columns():
     screen = console(80, True)
-    display = LiveDisplay(screen)
+    display = LiveDisplay(screen, **RUN)
     display.start(HEADER)
     for step in range(1, 15):
         display.step(metrics(step))
@@ -119,7 +120,7 @@ def test_the_live_panel_has_its_figures_at_80_columns():
 
 def test_nothing_measured_yet_is_no_error():
     screen = console(80, True)
-    display = LiveDisplay(screen)
+    display = LiveDisplay(screen, **RUN)
     display.start(HEADER)
     screen.print(display._render())
     display.step({"step": 0, "policy/entropy": math.nan})
@@ -128,18 +129,17 @@ def test_nothing_measured_yet_is_no_error():
 
 
 def test_plain_lines_are_few_but_evaluations_and_the_end_are_among_them():
-    text = play(PlainDisplay(console(100, False), every_s=1e9))
+    text = play(PlainDisplay(console(100, False), **RUN, every_s=1e9))
     assert [int(step) for step in re.findall(r"step +(\d+)/30", text)] == [1, 10, 30]
-    assert len(re.findall(r"step +\d+/30", play(PlainDisplay(console(100, False), every_s=0)))) == 30
+    assert len(re.findall(r"step +\d+/30", play(PlainDisplay(console(100, False), **RUN, every_s=0)))) == 30
 
 
 CTRL_C = """
 import sys
 from rich.console import Console
-from rlsys.tracking import blocks
 from rlsys.tracking.live import LiveDisplay
-display = LiveDisplay(Console(force_terminal=True, width=80))
-display.start(blocks.Header(title="t", rows={}, steps=3))
+display = LiveDisplay(Console(force_terminal=True, width=80), title="t", steps=3)
+display.start({})
 raise KeyboardInterrupt
 """
 
@@ -152,22 +152,22 @@ def test_ctrl_c_gives_the_cursor_back():
 
 
 def test_close_may_come_twice():
-    display = LiveDisplay(console(80, True))
+    display = LiveDisplay(console(80, True), **RUN)
     display.close()
     display.start(HEADER)
     display.close()
     display.close()
 
 
-def test_an_interrupted_run_says_why():
+def test_an_interrupted_run_says_how_to_go_on():
     screen = console(80, False)
-    PlainDisplay(screen).finish(
+    PlainDisplay(screen, **RUN).finish(
         SUMMARY | {"status": "interrupted", "eval/final_accuracy": None, "tokens_per_s": None},
         reason="stopped on request",
     )
     text = screen.file.getvalue()
     assert "interrupted" in text
-    assert "stopped on request" in text
+    assert "To go on:\n  rlsys resume=auto" in text
     assert "held-out" not in text
 
 
@@ -183,7 +183,7 @@ def test_header_says_what_will_be_trained_on_what():
         rollout=TorchRollout(engine="torch", samples_per_prompt=8),
         trainer=TrainerConfig(lr=3e-4),
     )
-    header = blocks.run_header(
+    rows = blocks.header_rows(
         config,
         parameters=812_000,
         training_problems=None,
@@ -193,7 +193,7 @@ def test_header_says_what_will_be_trained_on_what():
         run_folder=Path.cwd() / "runs" / "x",
         resumed_step=5,
     )
-    text = " ".join(header.rows.values())
+    text = " ".join(rows.values())
     for expected in (
         "812,000 parameters",
         "endless",
@@ -202,10 +202,9 @@ def test_header_says_what_will_be_trained_on_what():
         "correct (exact_match) + 0.1 × length",
     ):
         assert expected in text
-    assert "grpo" in header.rows["algorithm"]
-    assert "resumed after step 5" in header.rows["steps"]
-    assert header.rows["run folder"] == "runs/x"
-    assert (header.steps, header.first_step) == (20, 5)
+    assert "grpo" in rows["algorithm"]
+    assert "resumed after step 5" in rows["steps"]
+    assert rows["run folder"] == "runs/x"
 
 
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32)), st.integers(1, 30))
