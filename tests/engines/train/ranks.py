@@ -1,6 +1,6 @@
-"""One process of the multi-rank test: the same training with 1, 2 and 4 ranks, one group after the other.
+"""The processes of the multi-rank test: the same training with 1, 2 and 4 ranks, one group after the other.
 
-    python ranks.py RANK MODEL_FOLDER OUTPUT_FOLDER PORT_1 PORT_2 PORT_4
+    python ranks.py MODEL_FOLDER OUTPUT_FOLDER
 
 Rank 0 of each group writes what it saw: ``<ranks>.json`` (metrics) and ``<ranks>.safetensors`` (gradients, weights).
 """
@@ -8,13 +8,14 @@ Rank 0 of each group writes what it saw: ``<ranks>.json`` (metrics) and ``<ranks
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from training_batches import process_group, random_batch
+from training_batches import free_port, process_group, random_batch
 
 from rlsys.algorithms.objective import Objective, PolicyGradient
 from rlsys.batch import DataProto, jagged
@@ -82,14 +83,25 @@ def train(rank: int, ranks: int, model: Path, output: Path) -> None:
         save_file(kept, output / f"{ranks}.safetensors")
 
 
-def main() -> None:
+def run(rank: int, model: Path, output: Path, ports: dict[int, int]) -> None:
     torch.set_num_threads(1)
-    rank, model, output = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-    ports = dict(zip((1, 2, 4), map(int, sys.argv[4:]), strict=True))
-    for ranks in (2, 4, 1):
+    for ranks, port in ports.items():
         if rank < ranks:
-            with process_group(rank, ranks, ports[ranks]):
+            with process_group(rank, ranks, port):
                 train(rank, ranks, model, output)
+
+
+def main() -> None:
+    # Forked, so that torch and transformers are imported once; nothing here has used a thread before the fork.
+    context = multiprocessing.get_context("fork")
+    ports = {ranks: free_port() for ranks in (2, 4, 1)}
+    arguments = (Path(sys.argv[1]), Path(sys.argv[2]), ports)
+    processes = [context.Process(target=run, args=(rank, *arguments), daemon=True) for rank in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in processes))
 
 
 if __name__ == "__main__":

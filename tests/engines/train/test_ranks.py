@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,9 @@ import pytest
 import torch
 from model_folders import make_model_folder
 from safetensors.torch import load_file
-from training_batches import free_port
 
 HERE = Path(__file__).resolve().parent
-pytestmark = pytest.mark.xdist_group("train_ranks")  # the four processes are started once
+pytestmark = pytest.mark.xdist_group("train_ranks")  # the processes are started once
 
 Run = tuple[dict[str, float], dict[str, torch.Tensor]]
 
@@ -25,24 +25,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
     output = tmp_path_factory.mktemp("ranks")
     # 30 columns of hidden states: on four ranks the last has fewer rows of most weights than the others
     model = make_model_folder(output / "model", "qwen3", tied=False, hidden=30)
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"}
-    ports = [str(free_port()) for _ in range(3)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "ranks.py"), str(rank), str(model), str(output), *ports],
-            env=environment,
-            stdout=subprocess.PIPE,
+    log = output / "log.txt"
+    with log.open("w") as sink:
+        leader = subprocess.Popen(
+            [sys.executable, str(HERE / "ranks.py"), str(model), str(output)],
+            env=os.environ | {"PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"},
+            stdout=sink,
             stderr=subprocess.STDOUT,
-            text=True,
+            start_new_session=True,
         )
-        for rank in range(4)
-    ]
-    try:
-        logs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * 4, "\n".join(logs)
+        try:
+            returncode = leader.wait(timeout=200)
+        except subprocess.TimeoutExpired:
+            os.killpg(leader.pid, signal.SIGKILL)  # the ranks too
+            returncode = leader.wait()
+    assert returncode == 0, log.read_text()
     return {
         n: (json.loads((output / f"{n}.json").read_text()), load_file(output / f"{n}.safetensors")) for n in (1, 2, 4)
     }
