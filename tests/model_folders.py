@@ -50,8 +50,8 @@ def make_model(
     scale: float = 0.2,
     seed: int = 0,
 ) -> torch.nn.Module:
-    """A float32 model with every weight drawn from N(0, scale²), norms (around 1) and biases too, so that no two tensors
-    of a shape are equal and log-probs are far from uniform."""
+    """A float32 model with every weight drawn from N(0, scale²), norms (around 1) and biases too, so that no two
+    tensors of a shape are equal and log-probs are far from uniform."""
     config = FAMILIES[family](
         vocab_size=vocab_size,
         hidden_size=hidden,

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
-def mismatch_sums(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[str, float]:
-    """Sums over the sampled tokens, to be added up over micro-batches and ranks (``_max``: to be maximised).
+class Mismatch(NamedTuple):
+    """Scalars over the sampled tokens, to be added up over micro-batches and ranks (``largest``: to be maximised).
+
+    absolute: Σ|log π_old − log μ|; k3: Σ of the k3 estimate of KL(μ‖π_old), the samples being μ's; largest: max of the
+    absolute difference; tokens: how many.
+    """
+
+    absolute: Tensor
+    k3: Tensor
+    largest: Tensor
+    tokens: Tensor
+
+
+def mismatch_sums(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Mismatch:
+    """Compares trainer and sampler.
 
     Args:
         old_logprobs: [T] log π_old, the trainer's own before its first optimiser step on the batch, in nats.
         rollout_logprobs: [T] log μ, the sampler's.
         mask: [T] bool, sampled tokens.
-
-    Returns:
-        ``abs`` Σ|log π_old − log μ|; ``k3`` Σ of the k3 estimate of KL(μ‖π_old) (samples are μ's); ``abs_max``; ``tokens``.
     """
-    delta = (old_logprobs - rollout_logprobs).double()[mask.bool()]
-    if not len(delta):
-        return {"abs": 0.0, "k3": 0.0, "abs_max": 0.0, "tokens": 0.0}
-    return {
-        "abs": float(delta.abs().sum()),
-        "k3": float((torch.expm1(delta) - delta).sum()),
-        "abs_max": float(delta.abs().max()),
-        "tokens": float(len(delta)),
-    }
+    delta = torch.where(mask, old_logprobs - rollout_logprobs, 0.0).double()
+    size = delta.abs()
+    largest = size.amax() if len(size) else size.new_zeros(())
+    return Mismatch(size.sum(), (torch.expm1(delta) - delta).sum(), largest, mask.sum())

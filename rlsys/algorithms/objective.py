@@ -16,6 +16,7 @@ import torch
 from rlsys.algorithms.aggregation import Aggregation, live_rows, normaliser, token_weights
 from rlsys.algorithms.kl import KLEstimator, kl_estimate
 from rlsys.algorithms.losses import POLICY_LOSSES
+from rlsys.algorithms.mismatch import mismatch_sums
 from rlsys.config.plugins import check_options
 from rlsys.config.schema import AlgorithmConfig
 
@@ -164,6 +165,7 @@ class PolicyGradient:
     kl_estimator: KLEstimator = "k3"
     entropy_coef: float = 0.0
     old_logprobs: Literal["column", "self"] = "column"
+    mismatch: bool = False
 
     def __post_init__(self) -> None:
         function = POLICY_LOSSES.get(self.loss_name, where="algorithm.loss")
@@ -173,7 +175,7 @@ class PolicyGradient:
 
     @classmethod
     def from_config(
-        cls, config: AlgorithmConfig, *, horizon: int, old_logprobs: Literal["column", "self"]
+        cls, config: AlgorithmConfig, *, horizon: int, old_logprobs: Literal["column", "self"], mismatch: bool = False
     ) -> PolicyGradient:
         """The channel that ``algorithm.*`` describes; horizon: ``data.max_response_tokens``."""
         return cls(
@@ -185,13 +187,15 @@ class PolicyGradient:
             kl_estimator=config.kl.estimator,
             entropy_coef=config.entropy_coef,
             old_logprobs=old_logprobs,
+            mismatch=mismatch,
         )
 
     @property
     def reads(self) -> tuple[str, ...]:
         old = ("old_logprobs",) if self.old_logprobs == "column" else ()
         reference = ("ref_logprobs",) if self.kl_coef else ()
-        return ("response_mask", "advantages", *old, *reference)
+        sampler = ("rollout_logprobs",) if self.mismatch else ()
+        return ("response_mask", "advantages", *old, *reference, *sampler)
 
     @property
     def entropy_gradient(self) -> bool:
@@ -215,9 +219,14 @@ class PolicyGradient:
             sums["kl"] = (kl.detach().sum(), count)
         if self.entropy_coef:
             tokens = tokens - self.entropy_coef * output.entropy
+        maxima = policy.maxima
+        if self.mismatch:
+            off = mismatch_sums(output.logprobs.detach(), batch.columns["rollout_logprobs"], mask)
+            sums |= {"mismatch_abs_mean": (off.absolute, count), "mismatch_kl": (off.k3, count)}
+            maxima = maxima | {"mismatch_abs_max": off.largest}
         weights = token_weights(self.aggregation, mask, batch.rows, batch.num_rows, self.horizon)
         sums["live_fraction"] = _live_fraction(mask, batch)
-        return ChannelSums((tokens * weights).sum(), sums, policy.maxima)
+        return ChannelSums((tokens * weights).sum(), sums, maxima)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,3 @@
+from rlsys.batch.proto import DataProto
+
+__all__ = ["DataProto"]

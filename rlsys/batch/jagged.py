@@ -23,7 +23,7 @@ def is_jagged(column: object) -> bool:
 def from_values(
     values: Tensor, lengths: Tensor | Sequence[int] | None = None, *, offsets: Tensor | None = None
 ) -> Tensor:
-    """A jagged column over ``values`` [T, …] (shared, not copied) with rows of ``lengths`` [B] or at ``offsets`` [B + 1].
+    """A jagged column over ``values`` [T, …] (shared, not copied), by the rows' ``lengths`` [B] or ``offsets`` [B + 1].
 
     Raises:
         ValueError: neither or both are given, or the rows do not add up to the values.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+
+from safetensors import safe_open
 
 from rlsys.algorithms.advantages import check_estimator
 from rlsys.algorithms.losses import POLICY_LOSSES
@@ -16,9 +19,9 @@ from rlsys.config.schema import RunConfig, VllmRollout
 from rlsys.data.base import load_dataset
 from rlsys.data.prompts import PromptEncoder, load_tokenizer
 from rlsys.data.sampler import PromptStream, held_out_batch
-from rlsys.engines.rollout import check_engine_args
+from rlsys.engines.rollout.vllm_args import check_engine_args
 from rlsys.environments.base import ENVIRONMENTS
-from rlsys.rewards.compose import build_reward
+from rlsys.rewards.compose import build_parts
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Inputs:
     held_out: DataProto | None
     max_length: int
     train_rows: int
+    parameters: int
 
 
 def check_inputs(config: RunConfig) -> Inputs:
@@ -46,9 +50,11 @@ def check_inputs(config: RunConfig) -> Inputs:
     loss = POLICY_LOSSES.get(config.algorithm.loss, where="algorithm.loss")
     check_options(loss, config.algorithm.loss_options, where="algorithm.loss_options")
     ENVIRONMENTS.get(config.rollout.environment, where="rollout.environment")
-    build_reward(config.reward)
-    if isinstance(config.rollout, VllmRollout):
-        check_engine_args(config.rollout.engine_args)
+    build_parts(config.reward.parts)
+    if isinstance(config.rollout, VllmRollout) and config.rollout.engine_args:
+        from vllm.engine.arg_utils import AsyncEngineArgs  # seconds to import: only where there is something to check
+
+        check_engine_args(config.rollout.engine_args, {f.name for f in fields(AsyncEngineArgs)})
     folder = find_model(config.model.path)
     config = replace(config, model=replace(config.model, path=str(folder)))
     max_length = config.data.max_prompt_tokens + config.data.max_response_tokens
@@ -77,7 +83,7 @@ def check_inputs(config: RunConfig) -> Inputs:
                 fix="set data.eval_path (data.eval_size), or eval.every=0",
             )
         held_out = held_out_batch(dataset.held_out, encoder, problems=config.eval.problems)
-    return Inputs(config, folder, stream, held_out, max_length, len(dataset.train))
+    return Inputs(config, folder, stream, held_out, max_length, len(dataset.train), count_parameters(folder))
 
 
 def find_model(path: str) -> Path:
@@ -98,6 +104,15 @@ def find_model(path: str) -> Path:
             fix="save the model with save_pretrained, which writes safetensors",
         )
     return folder.absolute()
+
+
+def count_parameters(folder: Path) -> int:
+    """Weights in a folder's safetensors files, from their headers."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as weights:
+            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return total
 
 
 def _download(path: str) -> Path:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from rlsys.batch.versions import WeightVersion
 from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
 from rlsys.config.schema import RunConfig
-from rlsys.controller.metrics import experience_metrics, mismatch_metrics
+from rlsys.controller.metrics import combine_updates, experience_metrics, mismatch_metrics
 from rlsys.data.sampler import PromptStream
 from rlsys.evals.heldout import evaluate
 from rlsys.rewards.budget import FailureBudget
@@ -71,7 +70,6 @@ class Job:
     observers: Observers
     stop: StopFlag
     state: ControllerState
-    model_folder: Path
     whole: bool = True
     _rows: list[list[np.ndarray]] = field(default_factory=list)
     _metrics: dict[str, float] = field(default_factory=dict)
@@ -124,7 +122,8 @@ class Job:
             trainer = self.config.trainer
             self._rows = assign(experience, ranks=len(self.groups.trainer), updates=trainer.updates_per_step)
             columns = (0,) if self.groups.reference is None else (0, 2)
-            self.groups.trainer.load_batch([[experience.slices(r, columns) for r in ranks] for ranks in self._rows])
+            slices = [[experience.slices(rows, columns) for rows in updates] for updates in self._rows]
+            self.groups.trainer.load_batch(slices, bypass=self.config.algorithm.old_logprobs == "sampler")
 
     def old_logprobs(self) -> np.ndarray | None:
         """π_old of the step's samples, unless the first update computes it on the way.
@@ -137,7 +136,7 @@ class Job:
         with self._phase("old_logprobs"):
             penalise = reward_kl(self.config)
             ranks = self.groups.trainer.forward(reference_kl=penalise)
-            self._metrics |= mismatch_metrics([rank.mismatch for rank in ranks])
+            self._metrics |= mismatch_metrics([part for rank in ranks for part in rank.mismatch])
             if not penalise:
                 return None
             result = np.zeros(sum(len(rows) for updates in self._rows for rows in updates))
@@ -175,7 +174,7 @@ class Job:
                 metrics = self.groups.trainer.forward_backward(u, columns)
                 totals.append(metrics | self.groups.trainer.optim_step())
             self.stop.grace_s, self.whole = 0.0, True
-        self._metrics |= combine(totals)
+        self._metrics |= combine_updates(totals)
         self.state = replace(self.state, step=self.state.step + 1, data=self.prompts.state_dict())
 
     def sync_weights(self) -> None:
@@ -286,9 +285,9 @@ class Job:
 
     def _record_failures(self, experience: Experience) -> None:
         failures = experience.failures()
-        for failure in failures:
-            self.observers.folder.log_failure({"step": self.state.step + 1, **failure})
         FailureBudget(self.config.reward.max_failure_rate).check(failures, total=len(experience))
+        for failure in failures:  # where the budget is exceeded, whoever ends the run writes them
+            self.observers.folder.log_failure({"step": self.state.step + 1, **failure})
 
 
 def reward_kl(config: RunConfig) -> bool:
@@ -300,20 +299,3 @@ def needs_old_logprobs(config: RunConfig) -> bool:
     """Whether π_old takes a forward pass of its own. With one optimiser step a batch the update computes it on the way; with
     ``old_logprobs=sampler`` the sampler has."""
     return reward_kl(config) or (config.trainer.updates_per_step > 1 and config.algorithm.old_logprobs == "trainer")
-
-
-def combine(updates: list[dict[str, float]]) -> dict[str, float]:
-    """A step's metrics from those of its optimiser steps: counts add up, maxima stay, the mismatch is that of the first (later
-    ones have moved), everything else is averaged."""
-    result: dict[str, Any] = {}
-    for name in updates[0]:
-        values = [u[name] for u in updates]
-        if name in ("train/tokens", "train/micro_batches"):
-            result[name] = sum(values)
-        elif name.startswith("mismatch/"):
-            result[name] = values[0]
-        elif name.endswith("_max"):
-            result[name] = max(values)
-        else:
-            result[name] = float(np.mean(values))
-    return result

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 
+from rlsys.algorithms.mismatch import Mismatch
 from rlsys.config.schema import RunConfig
 from rlsys.workers.experience import Experience
 
@@ -29,11 +30,33 @@ def experience_metrics(experience: Experience, config: RunConfig) -> dict[str, f
     return metrics
 
 
-def mismatch_metrics(ranks: list[dict[str, float]]) -> dict[str, float]:
-    """``mismatch/…`` from every rank's sums (:func:`rlsys.algorithms.mismatch.mismatch_sums`)."""
-    tokens = max(sum(r["tokens"] for r in ranks), 1.0)
+def mismatch_metrics(parts: list[Mismatch]) -> dict[str, float]:
+    """``mismatch/…`` from the sums of every rank and update."""
+    tokens = max(sum(float(part.tokens) for part in parts), 1.0)
     return {
-        "mismatch/logprob_abs_mean": sum(r["abs"] for r in ranks) / tokens,
-        "mismatch/kl": sum(r["k3"] for r in ranks) / tokens,
-        "mismatch/logprob_abs_max": max(r["abs_max"] for r in ranks),
+        "mismatch/logprob_abs_mean": sum(float(part.absolute) for part in parts) / tokens,
+        "mismatch/kl": sum(float(part.k3) for part in parts) / tokens,
+        "mismatch/logprob_abs_max": max(float(part.largest) for part in parts),
     }
+
+
+_MEASURED_ON_THE_WAY = {
+    "policy/mismatch_abs_mean": "mismatch/logprob_abs_mean",
+    "policy/mismatch_kl": "mismatch/kl",
+    "policy/mismatch_abs_max": "mismatch/logprob_abs_max",
+}
+
+
+def combine_updates(updates: list[dict[str, float]]) -> dict[str, float]:
+    """A step's metrics from those of its optimiser steps: counts add up, maxima stay, sampler against trainer is that of the
+    first (in later ones the trainer has moved on), everything else is averaged."""
+    result: dict[str, float] = {}
+    for name in updates[0]:
+        values = [update[name] for update in updates]
+        if name in _MEASURED_ON_THE_WAY:
+            result[_MEASURED_ON_THE_WAY[name]] = values[0]
+        elif name in ("train/tokens", "train/micro_batches"):
+            result[name] = sum(values)
+        else:
+            result[name] = max(values) if name.endswith("_max") else float(np.mean(values))
+    return result

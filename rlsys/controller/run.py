@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
-import time
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from rlsys.controller.resume import Origin, find_origin
 from rlsys.engines.sync.verify import SyncError
 from rlsys.rewards.budget import RewardBudgetExceeded
 from rlsys.tracking import summary as summaries
-from rlsys.tracking.display import Display, make_display
+from rlsys.tracking.blocks import header_rows
+from rlsys.tracking.display import make_display
 from rlsys.tracking.memory import MemoryMonitor
 from rlsys.tracking.plots import plot_run
 from rlsys.tracking.run import RunFolder
@@ -57,20 +58,22 @@ def run_job(config: RunConfig) -> int:
             where=str(origin.folder.path),
             fix=f"set steps to more than {origin.state.step} to train on, or leave resume out for a new run",
         )
-    trackers_report: list[str] = []
-    trackers = TrackerSet(config.tracker.use, trackers_report.append)
     folder = origin.folder if origin else RunFolder.create(Path(config.run_root), config.name, config)
-    display = make_display(config.tracker.display)
+    first = origin.state.step if origin else 0
+    display = make_display(config.tracker.display, title=f"rlsys · {config.name}", steps=config.steps, first_step=first)
     with ExitStack() as stack:
         stack.enter_context(folder)
+
+        def report(text: str) -> None:
+            folder.log_event("tracker", text)
+            display.note(text)
+
+        trackers = TrackerSet(config.tracker.use, report)
         observers = Observers(folder, trackers, display, stack.enter_context(MemoryMonitor()))
         stop = stack.enter_context(_signals())
-        display.start(_header(config, inputs, folder, origin))
         stack.callback(display.close)
-        folder.log_event("resume" if origin else "start", f"step {origin.state.step if origin else 0}")
-        trackers.start(mask(_plain(config)), folder.path)
-        for text in trackers_report:
-            display.note(text)
+        folder.log_event("resume" if origin else "start", f"at step {first} of {config.steps}")
+        trackers.start(mask(asdict(config)), folder.path)
         return _supervise(config, inputs, origin, observers, stop)
 
 
@@ -89,6 +92,8 @@ def _supervise(
                 _last_checkpoint(job)
             except _EXPECTED as error:
                 status, reason = FAILED, str(error)
+                for row in getattr(error, "rows", []):  # of a reward budget: what failed, with its sample
+                    observers.folder.log_failure({"step": job.state.step + 1, **row})
                 _last_checkpoint(job)
             if status == FINISHED and config.checkpoint.export:
                 groups.trainer.export_hf(
@@ -130,10 +135,12 @@ def _job(
         stop=stop,
         state=state,
     )
+    own_pass = needs_old_logprobs(config)
     channel = PolicyGradient.from_config(
         config.algorithm,
         horizon=config.data.max_response_tokens,
-        old_logprobs="column" if needs_old_logprobs(config) else "self",
+        old_logprobs="column" if own_pass or config.algorithm.old_logprobs == "sampler" else "self",
+        mismatch=not own_pass,
     )
     groups.trainer.set_objective(Objective({"policy": (channel, 1.0)}))
     if origin is not None:
@@ -148,6 +155,17 @@ def _groups(
     """Starts every actor, all at once, and ends them all on the way out."""
     deadlines = config.deadlines
     layout = plan(config, gpus=session.gpus, cores=session.cores)
+    observers.display.start(
+        header_rows(
+            config,
+            parameters=inputs.parameters,
+            training_problems=inputs.train_rows,
+            held_out_problems=len(inputs.held_out) if inputs.held_out is not None else 0,
+            ranks=len(layout.of("trainer")),
+            cluster=f"{session.gpus} GPUs" if session.gpus else f"{session.cores} CPU cores",
+            run_folder=observers.folder.path,
+        )
+    )
     observers.display.phase("start")
     with ExitStack() as stack:
         placement = Placement(layout, seconds=deadlines.start)
@@ -168,7 +186,13 @@ def _groups(
             *groups.rollout.starting(config, inputs.max_length),
             *groups.reward.starting(config),
             *(groups.reference.starting(config) if groups.reference else []),
-            *groups.trainer.starting(config, total_steps=config.steps * config.trainer.updates_per_step),
+            *groups.trainer.starting(
+                config.model,
+                config.trainer,
+                temperature=config.rollout.temperature,
+                total_steps=config.steps * config.trainer.updates_per_step,
+                seed=config.seed,
+            ),
         ]
         gather(calls, phase="start", seconds=deadlines.start, stop=stop)
         yield groups
@@ -207,4 +231,24 @@ def _finish(config: RunConfig, observers: Observers, status: int, reason: str) -
     folder.write_summary(summary)
     observers.trackers.finish(summary)
     picture = plot_run(folder.path) if folder.metrics.exists() else None
-    observers.display.finish(summary, picture=picture, reason=reason, next_command=_next_command(config, folder, status))
+    if reason:
+        observers.display.note(reason, alert=status == FAILED)
+    observers.display.finish(summary, plot=picture, next_command=_next_command(config, status))
+
+
+def _next_command(config: RunConfig, status: int) -> str:
+    """What a user would type next: the same recipe on a real model and GPU, or the way to go on."""
+    base = f"python -m rlsys.launch +recipe={config.name}"
+    if status != FINISHED:
+        return f"{base} resume=auto"
+    return (
+        f"{base} model=hub model.path=Qwen/Qwen3-0.6B data=gsm8k data.path=openai/gsm8k "
+        "trainer.lr=1e-6 rollout.dtype=bfloat16 steps=200"
+    )
+
+
+def _export_dtype(folder: Path) -> str:
+    """What the model came in: an export is as large as its source."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return name if name in ("float32", "bfloat16", "float16") else "float32"

@@ -66,7 +66,7 @@ class BoundClient:
         self._turn = 0
 
     async def sample(self, token_ids: list[int], *, max_tokens: int | None = None) -> Sample:
-        """Continues ``token_ids`` within what is left of the response limit; an empty sample, ``length``, if nothing is."""
+        """Continues ``token_ids`` within what is left of the response limit; nothing left: empty, ``length``."""
         left = self._limit - len(token_ids)
         if max_tokens is not None:
             left = min(left, max_tokens)

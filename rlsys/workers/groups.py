@@ -13,7 +13,7 @@ from rlsys.batch import DataProto
 from rlsys.batch.versions import WeightVersion
 from rlsys.cluster.placement import ActorSpec
 from rlsys.cluster.session import Placement
-from rlsys.config.schema import DeadlineConfig, RunConfig
+from rlsys.config.schema import DeadlineConfig, ModelConfig, RunConfig, TrainerConfig
 from rlsys.engines.sync.verify import check_sync
 from rlsys.workers.reference import ReferenceWorker
 from rlsys.workers.reward import RewardSummary, RewardWorker
@@ -86,7 +86,7 @@ class RolloutGroup(_Group):
                 config.model.path,
                 config.rollout,
                 max_length=max_length,
-                max_tokens=config.data.max_response_tokens,
+                seed=config.seed,
                 threads=a.spec.threads,
                 what="loading the sampler",
             )
@@ -109,13 +109,12 @@ class RolloutGroup(_Group):
             SyncError: a sampler's checksum is not the sender's.
         """
         calls = [a.call("update_weights", buckets, version, what=f"weights of step {version.step}") for a in self._actors]
-        for call, sampler in zip(calls, self._gather(calls, "sync"), strict=True):
+        for sampler in self._gather(calls, "sync"):
             check_sync(
                 sender_before=self._sender_checksum,
                 sender_after=checksum,
                 sampler_before=self._sampler_checksum,
                 sampler_after=sampler,
-                sampler=call.actor,
             )
         self._sender_checksum = self._sampler_checksum = checksum
 
@@ -128,10 +127,12 @@ class RewardGroup(_Group):
             a.call("start", config.model.path, config.reward, what="starting reward processes") for a in self._actors
         ]
 
-    def score(self, batch: ray.ObjectRef, *, record_rows: int, payload: Any) -> tuple[ray.ObjectRef, Call]:
+    def score(
+        self, batch: ray.ObjectRef, *, record_rows: int, step_rows: int, payload: Any
+    ) -> tuple[ray.ObjectRef, Call]:
         """The reference of the shard's reward columns, and the call whose answer is its RewardSummary."""
         actor = self._actors[0]
-        columns, summary = actor.handle.score.options(num_returns=2).remote(batch, record_rows)
+        columns, summary = actor.handle.score.options(num_returns=2).remote(batch, record_rows, step_rows)
         return columns, Call(summary, actor.spec.name, "rewards of a shard", payload)
 
 
@@ -164,17 +165,21 @@ class TrainerGroup(_Group):
     def _arguments(self, spec: ActorSpec, count: int) -> tuple[Any, ...]:
         return spec.index, count
 
-    def starting(self, config: RunConfig, *, total_steps: int) -> list[Call]:
+    def starting(
+        self, model: ModelConfig, trainer: TrainerConfig, *, temperature: float, total_steps: int, seed: int
+    ) -> list[Call]:
+        """Ranks meet and load. temperature: of the sampler (1 for supervised training); total_steps: optimiser steps that the
+        schedule spans."""
         address = self._gather([self._actors[0].call("address", what="its address")], "start")[0]
         return [
             a.call(
                 "start",
                 address,
-                config.model,
-                config.trainer,
-                temperature=config.rollout.temperature,
+                model,
+                trainer,
+                temperature=temperature,
                 total_steps=total_steps,
-                seed=config.seed,
+                seed=seed,
                 threads=a.spec.threads,
                 collective_timeout_s=self._deadlines.train,
                 what="loading the trainer",
@@ -185,10 +190,10 @@ class TrainerGroup(_Group):
     def set_objective(self, objective: Objective) -> None:
         self._all("set_objective", objective, phase="start", what="the objective")
 
-    def load_batch(self, ranks: list[list[list[Slice]]]) -> None:
-        """ranks[r][u]: the slices of rank r in optimiser step u."""
+    def load_batch(self, ranks: list[list[list[Slice]]], *, bypass: bool = False) -> None:
+        """ranks[r][u]: the slices of rank r in optimiser step u; bypass: π_old := μ."""
         self._gather(
-            [a.call("load_batch", ranks[a.spec.index], what="its rows") for a in self._actors], "train"
+            [a.call("load_batch", ranks[a.spec.index], bypass=bypass, what="its rows") for a in self._actors], "train"
         )
 
     def forward(self, *, reference_kl: bool) -> list[ForwardSummary]:

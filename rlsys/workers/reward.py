@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from rlsys.batch import DataProto, jagged
-from rlsys.batch.versions import WeightVersion
 from rlsys.config.schema import RewardConfig
 from rlsys.data.prompts import load_tokenizer
+from rlsys.rewards.budget import FailureBudget, failure_rows
+from rlsys.rewards.compose import ScoredSample
 from rlsys.rewards.pool import RewardPool
+from rlsys.tracking.rollouts import rollout_row
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,25 @@ class RewardWorker:
     def start(self, model_path: str, config: RewardConfig) -> None:
         self._tokenizer = load_tokenizer(model_path)
         self._parts = list(config.parts)
-        self._pool = RewardPool(config)
+        self._pool = RewardPool.from_config(config)
+        self._budget = FailureBudget(config.max_failure_rate)
 
-    def score(self, batch: DataProto, record_rows: int) -> tuple[DataProto, RewardSummary]:
+    def score(self, batch: DataProto, record_rows: int, step_rows: int) -> tuple[DataProto, RewardSummary]:
         """Writes rewards, scores and feedback of a shard with rollout columns.
 
         Args:
             record_rows: so many of the first rows come back in full in the summary.
+            step_rows: of the whole step, which the failure budget is a fraction of.
+
+        Raises:
+            RewardBudgetExceeded: this shard's failures alone are more than the step may have.
         """
         texts = self._tokenizer.batch_decode(
             [row.tolist() for row in jagged.to_rows(batch.batch["response_ids"])], skip_special_tokens=True
         )
         tasks = batch.non_tensor_batch["task"]
-        scored = self._pool.score(list(zip(texts, tasks, strict=True)))
+        items = list(zip(texts, tasks, strict=True))
+        scored = self._pool.score(items, budget=self._budget, total=step_rows)
         rewards = np.asarray([s.reward for s in scored], dtype=np.float32)
         columns = DataProto.from_dict(
             tensors={"rewards": torch.from_numpy(rewards)},
@@ -61,11 +69,8 @@ class RewardWorker:
             part: np.asarray([np.nan if (v := s.scores.get(part)) is None else v for s in scored], dtype=np.float64)
             for part in self._parts
         }
-        failures = [
-            {"uid": batch.non_tensor_batch["uid"][i], **failure.record(texts[i], tasks[i])}
-            for i, s in enumerate(scored)
-            for failure in s.failures
-        ]
+        uids = batch.non_tensor_batch["uid"]
+        failures = [{"uid": uids[failure["row"]], **failure} for failure in failure_rows(items, scored)]
         records = [_record(batch, i, texts[i], scored[i]) for i in range(min(record_rows, len(batch)))]
         return columns, RewardSummary(rewards, scores, failures, records)
 
@@ -79,23 +84,27 @@ def _objects(values: list[Any]) -> np.ndarray:
     return array
 
 
-def _record(batch: DataProto, row: int, text: str, scored: Any) -> dict[str, Any]:
+def _record(batch: DataProto, row: int, text: str, scored: ScoredSample) -> dict[str, Any]:
     """One sample as a line of ``rollouts/step-….jsonl``."""
     columns, objects = batch.batch, batch.non_tensor_batch
-    versions = jagged.to_rows(columns["weight_version"])[row].tolist()
-    return {
-        "uid": objects["uid"][row],
-        "sample_index": int(columns["sample_index"][row]),
-        "prompt": objects["task"][row].get("prompt"),
-        "response": text,
-        "answer": objects["task"][row].get("answer"),
-        "reward": float(scored.reward),
-        "scores": scored.scores,
-        "feedback": scored.feedback,
-        "finish_reason": objects["finish_reason"][row],
-        "prompt_ids": jagged.to_rows(columns["prompt_ids"])[row].tolist(),
-        "response_ids": jagged.to_rows(columns["response_ids"])[row].tolist(),
-        "response_mask": jagged.to_rows(columns["response_mask"])[row].int().tolist(),
-        "rollout_logprobs": [round(x, 6) for x in jagged.to_rows(columns["rollout_logprobs"])[row].tolist()],
-        "weight_versions": [list(WeightVersion.unpack(v)) for v in sorted(set(versions)) if v >= 0],
-    }
+    task = objects["task"][row]
+
+    def tokens(name: str) -> list[Any]:
+        return jagged.to_rows(columns[name])[row].tolist()
+
+    return rollout_row(
+        uid=objects["uid"][row],
+        sample_index=int(columns["sample_index"][row]),
+        prompt=task.get("prompt", ""),
+        response=text,
+        answer=task.get("answer"),
+        prompt_ids=tokens("prompt_ids"),
+        response_ids=tokens("response_ids"),
+        response_mask=tokens("response_mask"),
+        logprobs=tokens("rollout_logprobs"),
+        versions=tokens("weight_version"),
+        finish_reason=objects["finish_reason"][row],
+        reward=scored.reward,
+        scores=scored.scores,
+        feedback=scored.feedback,
+    )

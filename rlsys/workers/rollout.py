@@ -54,12 +54,10 @@ class RolloutSummary:
 class RolloutWorker:
     """One sampler. All methods are coroutines of one event loop, so shards and environments overlap."""
 
-    async def start(
-        self, model_path: str, config: RolloutConfig, *, max_length: int, max_tokens: int, threads: int
-    ) -> None:
+    async def start(self, model_path: str, config: RolloutConfig, *, max_length: int, seed: int, threads: int) -> None:
         self._config = config
         self._engine: RolloutEngine = await start_engine(
-            model_path, config, max_length=max_length, max_tokens=max_tokens, threads=threads
+            model_path, config, max_length=max_length, seed=seed, threads=threads
         )
         self._environment: Environment = ENVIRONMENTS.get(config.environment, where="rollout.environment")()
 

@@ -12,7 +12,7 @@ import numpy as np
 import ray
 import torch
 
-from rlsys.algorithms.mismatch import mismatch_sums
+from rlsys.algorithms.mismatch import Mismatch, mismatch_sums
 from rlsys.algorithms.objective import Objective
 from rlsys.batch import DataProto, jagged
 from rlsys.checkpoint.export import export_hf
@@ -36,10 +36,10 @@ class Slice:
 @dataclass(frozen=True)
 class ForwardSummary:
     """kl_sums: per update, [rows] Σ over tokens of (log π_old − log π_ref), None without reference columns;
-    mismatch: sums over this rank's tokens of sampler against trainer."""
+    mismatch: per update, sampler against trainer over this rank's tokens."""
 
     kl_sums: list[np.ndarray] | None
-    mismatch: dict[str, float]
+    mismatch: list[Mismatch]
 
 
 class TrainerWorker:
@@ -48,6 +48,7 @@ class TrainerWorker:
     def __init__(self, rank: int, world_size: int):
         self._rank, self._world_size = rank, world_size
         self._updates: list[DataProto] = []
+        self._bypass = False
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 can be met: this node's address and a port that is free now."""
@@ -82,30 +83,36 @@ class TrainerWorker:
     def set_objective(self, objective: Objective) -> None:
         self._objective = objective
 
-    def load_batch(self, updates: list[list[Slice]]) -> None:
-        """Fetches this rank's rows of the step, one list of slices an optimiser step."""
+    def load_batch(self, updates: list[list[Slice]], *, bypass: bool = False) -> None:
+        """Fetches this rank's rows of the step, one list of slices an optimiser step. bypass: π_old := μ."""
         refs = {ref for slices in updates for s in slices for ref in s.columns}
         shards = dict(zip(refs, ray.get(list(refs)), strict=True))
         self._updates = [_assemble(slices, shards) for slices in updates]
+        self._bypass = bypass
+        if bypass:
+            for batch in filter(len, self._updates):
+                batch.batch["old_logprobs"] = batch.batch["rollout_logprobs"]
 
     def forward(self, *, reference_kl: bool) -> ForwardSummary:
         """Writes ``old_logprobs`` of the whole step, before its first optimiser step."""
-        sums: dict[str, float] = {}
+        mismatch: list[Mismatch] = []
         kl_sums: list[np.ndarray] = []
-        for index, batch in enumerate(self._updates):
-            logprobs = self._engine.forward(batch).batch["logprobs"]
-            batch.batch["old_logprobs"] = logprobs
+        for batch in self._updates:
+            output = self._engine.forward(batch)  # a collective: called even where this rank has no rows
+            if not len(batch):
+                kl_sums.append(np.empty(0))
+                continue
+            logprobs = output.batch["logprobs"]
+            if not self._bypass:
+                batch.batch["old_logprobs"] = logprobs
             mask = jagged.values(batch.batch["response_mask"])
             old, sampler = jagged.values(logprobs), jagged.values(batch.batch["rollout_logprobs"])
-            for name, value in mismatch_sums(old, sampler, mask).items():
-                merge = max if name.endswith("_max") else float.__add__
-                sums[name] = merge(sums.get(name, 0.0), value)
+            mismatch.append(mismatch_sums(old, sampler, mask))
             if reference_kl:
                 reference = jagged.values(batch.batch["ref_logprobs"])
                 per_token = jagged.from_values((old - reference) * mask, jagged.lengths(logprobs))
                 kl_sums.append(jagged.segment_sum(per_token).numpy())
-            self._updates[index] = batch
-        return ForwardSummary(kl_sums if reference_kl else None, sums)
+        return ForwardSummary(kl_sums if reference_kl else None, mismatch)
 
     def forward_backward(self, update: int, columns: dict[str, np.ndarray]) -> dict[str, float]:
         """Accumulates the objective's gradient over one update's rows of all ranks.
@@ -114,15 +121,17 @@ class TrainerWorker:
             columns: per-sample values [rows] to join first, each spread over its sample's sampled tokens (``advantages``).
         """
         batch = self._updates[update]
+        if not len(batch):
+            return _named(self._engine.forward_backward(batch, self._objective))
         mask = batch.batch["response_mask"]
         lengths = jagged.lengths(mask)
         for name, values in columns.items():
             spread = torch.from_numpy(values.astype(np.float32)).repeat_interleave(lengths) * jagged.values(mask)
             batch.batch[name] = jagged.from_values(spread, lengths)
-        return self._engine.forward_backward(batch, self._objective)
+        return _named(self._engine.forward_backward(batch, self._objective))
 
     def optim_step(self) -> dict[str, float]:
-        return self._engine.optim_step()
+        return _named(self._engine.optim_step())
 
     def export_weights(self, dtype: str, *, share: bool = True) -> tuple[list[ray.ObjectRef], str] | None:
         """Rank 0: references of the weights' buckets in the object store, and the sender's checksum. Others: None."""
@@ -161,4 +170,11 @@ def _assemble(slices: list[Slice], shards: dict[ray.ObjectRef, Any]) -> DataProt
         for ref in piece.columns[1:]:
             joined = joined.union(shards[ref])
         parts.append(joined.select_idxs(piece.rows))
-    return DataProto.concat(parts) if len(parts) != 1 else parts[0]
+    if not parts:  # a rank without rows still takes part in every collective
+        return DataProto()
+    return DataProto.concat(parts) if len(parts) > 1 else parts[0]
+
+
+def _named(metrics: dict[str, float]) -> dict[str, float]:
+    """The engine's own metrics under ``train/``; a channel's are under the channel's name already."""
+    return {name if "/" in name else f"train/{name}": value for name, value in metrics.items()}

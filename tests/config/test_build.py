@@ -6,18 +6,12 @@ import copy
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composing import composed
 
 from rlsys.config.assets import asset, bundled_model
 from rlsys.config.build import build, leaves, refuse_ignored, suggest
-from rlsys.config.compose import overridden_keys, register_schemas, to_plain
+from rlsys.config.compose import overridden_keys
 from rlsys.config.errors import UserError
-
-
-def composed(*overrides: str) -> dict[str, Any]:
-    register_schemas()
-    with initialize_config_dir(str(asset("configs")), version_base="1.3"):
-        return to_plain(compose("config", overrides=["+recipe=grpo_qwen", *overrides]))
 
 
 def test_the_quick_start_recipe_composes() -> None:
@@ -30,9 +24,7 @@ def test_the_quick_start_recipe_composes() -> None:
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in (asset("configs") / "recipe").glob("*.yaml")))
 @pytest.mark.parametrize("rollout", ["vllm", "torch"])
 def test_every_recipe_composes_with_either_sampler(recipe: str, rollout: str) -> None:
-    register_schemas()
-    with initialize_config_dir(str(asset("configs")), version_base="1.3"):
-        build(to_plain(compose("config", overrides=[f"+recipe={recipe}", f"rollout={rollout}"])))
+    build(composed(f"rollout={rollout}", recipe=recipe))
 
 
 def test_a_composed_run_has_fewer_than_150_leaves() -> None:

@@ -163,7 +163,7 @@ def test_an_interrupted_run_says_how_to_go_on():
     screen = console(80, False)
     PlainDisplay(screen, **RUN).finish(
         SUMMARY | {"status": "interrupted", "eval/final_accuracy": None, "tokens_per_s": None},
-        reason="stopped on request",
+        next_command="rlsys resume=auto",
     )
     text = screen.file.getvalue()
     assert "interrupted" in text

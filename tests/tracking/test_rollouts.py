@@ -17,6 +17,7 @@ def test_versions_are_runs_of_tokens():
         response="2",
         prompt_ids=np.array([1, 2]),
         response_ids=np.array([3, 4, 5, 6]),
+        response_mask=np.array([True, True, False, True]),
         logprobs=np.array([-0.1, -0.2, 0.0, -0.12345678], dtype=np.float32),
         versions=np.array(versions),
         finish_reason="stop",
@@ -29,4 +30,5 @@ def test_versions_are_runs_of_tokens():
         {"lineage": None, "step": None, "tokens": 1},
         {"lineage": 1, "step": 5, "tokens": 1},
     ]
+    assert row["response_mask"] == [1, 1, 0, 1]
     assert row["rollout_logprobs"] == [-0.1, -0.2, 0.0, -0.1234568]

@@ -178,7 +178,7 @@ def _shared(bucket: Bucket) -> Iterator[str]:
     descriptor = os.memfd_create("rlsys-weights")
     try:
         with open(descriptor, "wb", closefd=False) as file:
-            file.write(memoryview(bucket.data))
+            file.write(bucket.data.data)
         yield f"/proc/{os.getpid()}/fd/{descriptor}"
     finally:
         os.close(descriptor)

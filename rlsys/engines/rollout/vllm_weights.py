@@ -81,8 +81,11 @@ def refresh_tied_head(model: torch.nn.Module) -> None:
     """Gives the kernel of a tied output head the embedding's new weights. The head's own layer is sent nothing, so vLLM
     does not process it again, and on a CPU it would go on multiplying with its old packed copy."""
     head, embedding = getattr(model, "lm_head", None), getattr(getattr(model, "model", None), "embed_tokens", None)
-    tied = isinstance(head, ParallelLMHead) and head.weight is getattr(embedding, "weight", None)
-    if tied and hasattr(head, "cpu_linear"):
+    if (
+        isinstance(head, ParallelLMHead)
+        and head.weight is getattr(embedding, "weight", None)
+        and hasattr(head, "cpu_linear")
+    ):
         head.quant_method.process_weights_after_loading(head)
 
 

@@ -1,0 +1,162 @@
+"""Row operations on a TensorDict that may have jagged columns.
+
+TensorDict itself does the dense part; nested columns go through ``rlsys.batch.jagged``, where columns with the same
+offsets share one gather and, in the result, one offsets tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from rlsys.batch import jagged
+from rlsys.batch.errors import BatchError
+
+Columns = dict[str, Tensor]
+
+
+def nested_columns(batch: TensorDict) -> Columns:
+    """The columns that TensorDict cannot be trusted with: jagged ones, and other nested tensors."""
+    return {key: column for key, column in batch.items() if isinstance(column, Tensor) and column.is_nested}
+
+
+def select(batch: TensorDict, rows: Tensor) -> TensorDict:
+    """Rows [b] int64, in that order; copies.
+
+    Raises:
+        IndexError: there is no such row.
+    """
+    count = batch.batch_size[0]
+    if len(rows) and int(rows.min()) < 0:
+        rows = torch.where(rows < 0, rows + count, rows)
+    if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < count):
+        raise IndexError(f"the batch has {count} rows, and rows {rows.tolist()[:8]} … were asked for")
+    nested = nested_columns(batch)
+    columns = {key: _take(column, rows) for key, column in batch.items() if key not in nested}
+    selected = TensorDict(columns, batch_size=(len(rows),), device=batch.device)
+    return _with_nested(selected, _select_nested(nested, rows))
+
+
+def cut(batch: TensorDict, start: int, stop: int, step: int = 1) -> TensorDict:
+    """Rows start, start + step, … before stop, as ``slice.indices`` gives them; views where step is 1."""
+    nested = nested_columns(batch)
+    dense = batch.exclude(*nested) if nested else batch
+    part = dense[slice(start, stop if stop >= 0 else None, step)]
+    if step == 1:
+        return _with_nested(part, _cut_nested(nested, start, max(start, stop)))
+    return _with_nested(part, _select_nested(nested, torch.arange(start, stop, step) if nested else None))
+
+
+def row(batch: TensorDict, index: int) -> TensorDict:
+    """One row, as a TensorDict without batch dimension; a jagged column's row is a tensor of its length."""
+    count = batch.batch_size[0]
+    if not -count <= index < count:
+        raise IndexError(f"row {index} of {count}")
+    nested = nested_columns(batch)
+    dense = batch.exclude(*nested) if nested else batch
+    return _with_nested(dense[index], {key: column[index] for key, column in nested.items()})
+
+
+def concat(batches: Sequence[TensorDict]) -> TensorDict:
+    """Rows of all batches one after the other.
+
+    Raises:
+        BatchError: a column is missing somewhere, or jagged here and dense there.
+    """
+    names = set(batches[0].keys())
+    for index, batch in enumerate(batches):
+        if missing := names ^ set(batch.keys()):
+            raise BatchError(f"column '{min(missing)}' is not in all of the batches: look at the first and at number {index}")
+    kinds = [nested_columns(batch).keys() for batch in batches]
+    for index, nested in enumerate(kinds):
+        if differing := kinds[0] ^ nested:
+            raise BatchError(f"column '{min(differing)}' is jagged in one batch and dense in another (number {index})")
+    if not kinds[0]:
+        return torch.cat(list(batches), dim=0)
+    dense = torch.cat([batch.exclude(*kinds[0]) for batch in batches], dim=0)
+    parts = {key: [batch[key] for batch in batches] for key in batches[0].keys() if key in kinds[0]}  # noqa: SIM118
+    return _with_nested(dense, _concat_nested(parts))
+
+
+def _take(column: Tensor | TensorDict, rows: Tensor) -> Tensor | TensorDict:
+    if isinstance(column, Tensor):
+        return column.index_select(0, rows.to(column.device))
+    return column[rows]
+
+
+def _with_nested(batch: TensorDict, nested: Mapping[str, Tensor]) -> TensorDict:
+    for key, column in nested.items():
+        batch.set(key, column)
+    return batch
+
+
+def _ragged_first(nested: Columns) -> tuple[Columns, Columns]:
+    """Jagged columns with the ragged dimension next to the rows (views), and the strided nested ones."""
+    standard = {key: column.transpose(1, column._ragged_idx) if column._ragged_idx != 1 else column
+                for key, column in nested.items() if jagged.is_jagged(column)}  # fmt: skip
+    return standard, {key: column for key, column in nested.items() if key not in standard}
+
+
+def _like(columns: Columns, originals: Columns) -> Columns:
+    """The columns, with the ragged dimension where the originals have it and in their order."""
+    for key in columns.keys() & originals.keys():
+        if jagged.is_jagged(columns[key]) and (place := originals[key]._ragged_idx) != 1:
+            columns[key] = columns[key].transpose(1, place)
+    return {key: columns[key] for key in originals}
+
+
+def _by_offsets(columns: Columns) -> Iterator[tuple[Tensor, list[str]]]:
+    """Offsets, and the columns that have them."""
+    groups: list[tuple[Tensor, list[str]]] = []
+    for key, column in columns.items():
+        offsets = jagged.offsets(column)
+        for known, names in groups:
+            if known is offsets or torch.equal(known, offsets):
+                names.append(key)
+                break
+        else:
+            groups.append((offsets, [key]))
+    yield from groups
+
+
+def _select_nested(nested: Columns, rows: Tensor) -> Columns:
+    standard, strided = _ragged_first(nested)
+    selected: Columns = {}
+    for offsets, names in _by_offsets(standard):
+        plan = jagged.plan_rows(offsets, rows)
+        selected |= {key: jagged.gather(standard[key], plan) for key in names}
+    for key, column in strided.items():
+        parts = column.unbind()
+        selected[key] = torch.nested.as_nested_tensor([parts[index] for index in rows.tolist()])
+    return _like(selected, nested)
+
+
+def _cut_nested(nested: Columns, start: int, stop: int) -> Columns:
+    standard, strided = _ragged_first(nested)
+    part: Columns = {}
+    for offsets, names in _by_offsets(standard):
+        bounds = offsets[start : stop + 1]
+        first, last, bounds = int(bounds[0]), int(bounds[-1]), bounds - bounds[0]
+        for key in names:
+            part[key] = jagged.from_values(jagged.values(standard[key])[first:last], offsets=bounds)
+    for key, column in strided.items():
+        part[key] = torch.nested.as_nested_tensor(list(column.unbind()[start:stop]))
+    return _like(part, nested)
+
+
+def _concat_nested(parts: Mapping[str, Sequence[Tensor]]) -> Columns:
+    originals = {key: columns[0] for key, columns in parts.items()}
+    joined: Columns = {}
+    for key, columns in parts.items():
+        if jagged.is_jagged(columns[0]):
+            joined[key] = jagged.concat([_ragged_first({key: column})[0][key] for column in columns])
+        else:
+            joined[key] = torch.nested.as_nested_tensor([row for column in columns for row in column.unbind()])
+    standard = {key: column for key, column in joined.items() if jagged.is_jagged(column)}
+    for offsets, names in _by_offsets(standard):
+        for key in names[1:]:
+            joined[key] = jagged.from_values(jagged.values(joined[key]), offsets=offsets)
+    return _like(joined, originals)

@@ -1,0 +1,23 @@
+"""Configurations for tests, composed as the command line composes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+
+from rlsys.config.assets import asset
+from rlsys.config.build import build
+from rlsys.config.compose import register_schemas, to_plain
+from rlsys.config.schema import RunConfig
+
+
+def composed(*overrides: str, recipe: str = "grpo_qwen") -> dict[str, Any]:
+    """The plain dictionary that ``python -m rlsys.launch +recipe=… OVERRIDES`` composes."""
+    register_schemas()
+    with initialize_config_dir(str(asset("configs")), version_base="1.3"):
+        return to_plain(compose("config", overrides=[f"+recipe={recipe}", *overrides]))
+
+
+def run_config(*overrides: str, recipe: str = "grpo_qwen") -> RunConfig:
+    return build(composed(*overrides, recipe=recipe))
