@@ -1,3 +1,30 @@
-from rlsys.batch.proto import DataProto
+"""The batch: columns, their operations, packing, wire and disk format."""
 
-__all__ = ["DataProto"]
+from rlsys.batch.errors import BatchError, ColumnError
+from rlsys.batch.proto import (
+    DataProto,
+    DataProtoConfig,
+    DataProtoItem,
+    collate_fn,
+    fold_batch_dim,
+    pad_dataproto_to_divisor,
+    unfold_batch_dim,
+    union_numpy_dict,
+    union_tensor_dict,
+    unpad_dataproto,
+)
+
+__all__ = [
+    "BatchError",
+    "ColumnError",
+    "DataProto",
+    "DataProtoConfig",
+    "DataProtoItem",
+    "collate_fn",
+    "fold_batch_dim",
+    "pad_dataproto_to_divisor",
+    "unfold_batch_dim",
+    "union_numpy_dict",
+    "union_tensor_dict",
+    "unpad_dataproto",
+]

@@ -1,8 +1,9 @@
-"""Equality of whatever a batch holds, and the unions that depend on it."""
+"""Equality of whatever a batch holds, and the unions and merges that depend on it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -91,9 +92,7 @@ def union_tensor_dict(tensor_dict1: TensorDict, tensor_dict2: TensorDict) -> Ten
     return tensor_dict1
 
 
-def union_numpy_dict(
-    tensor_dict1: dict[str, np.ndarray], tensor_dict2: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def union_numpy_dict(tensor_dict1: dict[str, np.ndarray], tensor_dict2: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Adds the arrays of the second to the first, and returns the first.
 
     Raises:
@@ -119,3 +118,29 @@ def union_meta_info(left: dict[str, Any], right: dict[str, Any]) -> dict[str, An
             raise BatchError(f"{key} in meta_dict1 and meta_dict2 are not the same object")
     left.update(right)
     return left
+
+
+def merge_meta_info(infos: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Facts of several batches as those of one; the dicts under ``metrics`` become one dict of lists.
+
+    Raises:
+        BatchError: a fact has two values, or a metric is not among the first worker's.
+    """
+    merged: dict[str, Any] = {}
+    metrics: list[dict[str, Any]] = []
+    for info in infos:
+        found = info.get("metrics")
+        if found is not None:
+            metrics += found if isinstance(found, list) else [found]
+        for key, value in info.items():
+            if key == "metrics":
+                continue
+            if key in merged and not deep_equal(merged[key], value):
+                raise BatchError(f"Conflicting values for meta_info key '{key}'")
+            merged.setdefault(key, value)
+    if metrics:
+        for one in metrics:
+            if unknown := one.keys() - metrics[0].keys():
+                raise BatchError(f"metric '{min(unknown)}' is not among the first worker's")
+        merged["metrics"] = {key: [one[key] for one in metrics if key in one] for key in metrics[0]}
+    return merged

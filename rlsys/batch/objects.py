@@ -50,7 +50,7 @@ def _column_of(cells: Sequence[Any]) -> np.ndarray:
 
 
 def type_words(value: Any) -> str:
-    """The type of a value, with what is inside a container: ``list[int]``, ``dict[str: float]``, ``ndarray(3,) (int64)``."""
+    """The type of a value and of what is in it: ``list[int]``, ``dict[str: float]``, ``ndarray(3,) (int64)``."""
     if isinstance(value, list):
         inside = sorted({type_words(item) for item in value[:3]})
         return f"list[{'|'.join(inside) if inside else '...'}]"

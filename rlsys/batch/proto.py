@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from os import PathLike
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rlsys.batch import disk, jagged, padded, rows
-from rlsys.batch.equality import deep_equal, union_meta_info, union_numpy_dict, union_tensor_dict
+from rlsys.batch.equality import merge_meta_info, union_meta_info, union_numpy_dict, union_tensor_dict
 from rlsys.batch.errors import BatchError
 from rlsys.batch.objects import concat_arrays, object_array, type_words
 from rlsys.batch.wire import (
@@ -197,7 +198,7 @@ class DataProto:
     def from_tensordict(
         cls, tensor_dict: TensorDict, meta_info: dict[str, Any] | None = None, num_batch_dims: int = 1
     ) -> Self:
-        """The reverse of :meth:`to_tensordict`: stacks of non-tensor data become object columns, single ones meta_info."""
+        """The reverse of :meth:`to_tensordict`: stacks of non-tensor data are object columns, single ones meta_info."""
         tensors = {key: value for key, value in tensor_dict.items() if isinstance(value, Tensor)}
         arrays, facts = {}, {} if meta_info is None else meta_info
         for key, value in tensor_dict.items():
@@ -224,7 +225,8 @@ class DataProto:
 
     def to_padded(self, pad_token_id: int = 0) -> Self:
         """The dense form with the field's usual names: see :func:`rlsys.batch.padded.to_padded`."""
-        return type(self)(*padded.to_padded(self.batch, self.non_tensor_batch, pad_token_id), dict(self.meta_info))
+        batch = padded.to_padded(self.batch, pad_token_id)
+        return type(self)(batch, dict(self.non_tensor_batch), dict(self.meta_info))
 
     @classmethod
     def from_padded(cls, data: DataProto, response_columns: Sequence[str] = ()) -> Self:
@@ -400,7 +402,7 @@ class DataProto:
         else:
             size = -(-len(self) // chunks)
             bounds = [min(size * index, len(self)) for index in range(chunks + 1)]
-        return [self.slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        return [self.slice(start, stop) for start, stop in pairwise(bounds)]
 
     def split(self, split_size: int) -> list[Self]:
         """Runs of ``split_size`` rows; the last may be shorter."""
@@ -423,7 +425,7 @@ class DataProto:
             raise BatchError("some of the batches have tensor columns and some have none")
         batch = None if batches[0] is None else rows.concat(batches)
         arrays = concat_arrays([part.non_tensor_batch for part in data])
-        return type(data[0])(batch, arrays, _merge_meta_info([part.meta_info for part in data]))
+        return type(data[0])(batch, arrays, merge_meta_info([part.meta_info for part in data]))
 
     def reorder(self, indices: RowIndex) -> None:
         """Puts the rows into this order, in place."""
@@ -455,17 +457,17 @@ class DataProto:
         Raises:
             BatchError: a column's second dimension does not divide.
         """
-        split_keys = set(split_keys or ())
-        repeated = self.select([key for key in (self.batch.keys() if self.batch is not None else ()) if key not in split_keys],
-                               [key for key in self.non_tensor_batch if key not in split_keys]).repeat(n_split)  # fmt: skip
+        split = set(split_keys or ())
+        tensors = [] if self.batch is None else [key for key in self.batch.keys() if key not in split]  # noqa: SIM118
+        repeated = self.select(tensors, [key for key in self.non_tensor_batch if key not in split]).repeat(n_split)
         arrays = {
-            key: _unfold_array(key, array, n_split) if key in split_keys else repeated.non_tensor_batch[key]
+            key: rows.unfold_array(key, array, n_split) if key in split else repeated.non_tensor_batch[key]
             for key, array in self.non_tensor_batch.items()
         }
         if self.batch is None:
             return type(self)(None, arrays, self.meta_info)
         columns = {
-            key: _unfold(key, column, n_split) if key in split_keys else repeated.batch[key]
+            key: rows.unfold(key, column, n_split) if key in split else repeated.batch[key]
             for key, column in self.batch.items()
         }
         batch = TensorDict(columns, batch_size=(len(self) * n_split,), device=self.batch.device)
@@ -587,46 +589,6 @@ def _tensor_dict(tensors: Mapping[str, Tensor], num_batch_dims: int) -> TensorDi
         elif shape != size:
             raise BatchError(f"columns have different rows: '{first}' has {tuple(size)}, '{key}' has {tuple(shape)}")
     return TensorDict(dict(tensors), batch_size=size)
-
-
-def _merge_meta_info(infos: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    metrics: list[dict[str, Any]] = []
-    for info in infos:
-        found = info.get("metrics")
-        if found is not None:
-            metrics += found if isinstance(found, list) else [found]
-        for key, value in info.items():
-            if key == "metrics":
-                continue
-            if key in merged and not deep_equal(merged[key], value):
-                raise BatchError(f"Conflicting values for meta_info key '{key}'")
-            merged.setdefault(key, value)
-    if metrics:
-        for one in metrics:
-            if unknown := one.keys() - metrics[0].keys():
-                raise BatchError(f"metric '{min(unknown)}' is not among the first worker's")
-        merged["metrics"] = {key: [one[key] for one in metrics if key in one] for key in metrics[0]}
-    return merged
-
-
-def _unfold(key: str, column: Tensor, n_split: int) -> Tensor:
-    if jagged.is_jagged(column):
-        sizes = jagged.lengths(column)
-        if bool((sizes % n_split).any()):
-            raise BatchError(f"rows of column '{key}' do not divide into {n_split}")
-        return jagged.from_values(jagged.values(column), (sizes // n_split).repeat_interleave(n_split))
-    return column.reshape(_unfolded_shape(key, tuple(column.shape), n_split))
-
-
-def _unfold_array(key: str, array: np.ndarray, n_split: int) -> np.ndarray:
-    return array.reshape(_unfolded_shape(key, array.shape, n_split))
-
-
-def _unfolded_shape(key: str, shape: tuple[int, ...], n_split: int) -> tuple[int, ...]:
-    if len(shape) < 2 or shape[1] % n_split:
-        raise BatchError(f"column '{key}' of shape {shape} does not divide into {n_split}")
-    return (shape[0] * n_split, shape[1] // n_split, *shape[2:])
 
 
 def _refuse_jagged(batch: TensorDict, what: str) -> None:

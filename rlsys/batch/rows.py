@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -69,7 +70,9 @@ def concat(batches: Sequence[TensorDict]) -> TensorDict:
     names = set(batches[0].keys())
     for index, batch in enumerate(batches):
         if missing := names ^ set(batch.keys()):
-            raise BatchError(f"column '{min(missing)}' is not in all of the batches: look at the first and at number {index}")
+            raise BatchError(
+                f"column '{min(missing)}' is not in all of the batches: look at the first and at number {index}"
+            )
     kinds = [nested_columns(batch).keys() for batch in batches]
     for index, nested in enumerate(kinds):
         if differing := kinds[0] ^ nested:
@@ -79,6 +82,27 @@ def concat(batches: Sequence[TensorDict]) -> TensorDict:
     dense = torch.cat([batch.exclude(*kinds[0]) for batch in batches], dim=0)
     parts = {key: [batch[key] for batch in batches] for key in batches[0].keys() if key in kinds[0]}  # noqa: SIM118
     return _with_nested(dense, _concat_nested(parts))
+
+
+def unfold(key: str, column: Tensor, n_split: int) -> Tensor:
+    """[B, n·m, …] as [B·n, m, …]; the rows of a jagged column must each divide."""
+    if jagged.is_jagged(column):
+        sizes = jagged.lengths(column)
+        if bool((sizes % n_split).any()):
+            raise BatchError(f"rows of column '{key}' do not divide into {n_split}")
+        return jagged.from_values(jagged.values(column), (sizes // n_split).repeat_interleave(n_split))
+    return column.reshape(_unfolded_shape(key, tuple(column.shape), n_split))
+
+
+def unfold_array(key: str, array: np.ndarray, n_split: int) -> np.ndarray:
+    """[B, n·m, …] as [B·n, m, …]"""
+    return array.reshape(_unfolded_shape(key, array.shape, n_split))
+
+
+def _unfolded_shape(key: str, shape: tuple[int, ...], n_split: int) -> tuple[int, ...]:
+    if len(shape) < 2 or shape[1] % n_split:
+        raise BatchError(f"column '{key}' of shape {shape} does not divide into {n_split}")
+    return (shape[0] * n_split, shape[1] // n_split, *shape[2:])
 
 
 def _take(column: Tensor | TensorDict, rows: Tensor) -> Tensor | TensorDict:
