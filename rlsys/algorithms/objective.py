@@ -155,6 +155,7 @@ class PolicyGradient:
     old_logprobs: where π_old comes from: the ``column`` of that name, or ``self``: π itself without gradient. That is
         the same value and the same gradient as long as the batch is used for exactly one optimiser step, and it saves
         a forward pass.
+    mismatch: also report how far π is from the sampler's μ on the sampled tokens; reads ``rollout_logprobs``.
     """
 
     loss_name: str = "ppo_clip"
