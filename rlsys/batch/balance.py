@@ -55,7 +55,7 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
         token_budget: most rows × longest row of a micro-batch.
 
     Returns:
-        Lists of row indices, ascending; the micro-batch with the longest row first, so that a lack of memory shows at once.
+        Lists of row indices, ascending. The micro-batch with the longest row is first: a lack of memory shows at once.
 
     Raises:
         UserError: a row is longer than the budget.

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (one column a line)
 """Every column of the batch, declared once: name, dtype, shape, meaning, who writes it.
 
 Shapes: [B] one value a sample; [B, j] a jagged column (see ``rlsys.batch.jagged``); ``object`` columns live in
@@ -7,9 +8,17 @@ Shapes: [B] one value a sample; [B, j] a jagged column (see ``rlsys.batch.jagged
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+from rlsys.batch import jagged
+from rlsys.batch.errors import ColumnError
+
+if TYPE_CHECKING:
+    from rlsys.batch.proto import DataProto
 
 
 @dataclass(frozen=True)
@@ -47,3 +56,71 @@ _DECLARED = [
 ]  # fmt: skip
 
 COLUMNS: dict[str, Column] = {column.name: column for column in _DECLARED}
+
+
+def check_columns(batch: DataProto, reads: Iterable[str], stage: str) -> None:
+    """That a stage finds the columns it reads, as they are declared; a column that is not declared need only be there.
+
+    Jagged columns of one kind (``[B, j:response]``) must have the same row lengths. A batch with neither rows nor
+    columns, such as an idle rank's, passes.
+
+    Args:
+        stage: who reads, as the error names it.
+
+    Raises:
+        ColumnError: names the column, what is wrong, the stage that writes it and the stage that wants it.
+    """
+    tensors = {} if batch.batch is None else dict(batch.batch.items())
+    if not tensors and not batch.non_tensor_batch:
+        return
+    offsets: dict[str, tuple[str, torch.Tensor]] = {}
+    for name in reads:
+        column = tensors.get(name)
+        declared = COLUMNS.get(name)
+        if column is None and name not in batch.non_tensor_batch:
+            raise _column_error(name, "is missing", stage)
+        if declared is None:
+            continue
+        if wrong := _ill_typed(declared, column):
+            raise _column_error(name, wrong, stage)
+        if column is not None and "j:" in declared.shape:
+            other, known = offsets.setdefault(declared.shape, (name, jagged.offsets(column)))
+            if not torch.equal(known, jagged.offsets(column)):
+                raise _column_error(
+                    name, f"does not have the row lengths of '{other}', its like {declared.shape}", stage
+                )
+
+
+def _ill_typed(declared: Column, column: torch.Tensor | None) -> str | None:
+    """What is not as declared. ``column`` None: it is an object column."""
+    if (column is None) != (declared.dtype is None):
+        return (
+            "is a tensor, and declared as an object column"
+            if column is not None
+            else "is an object column, and declared as a tensor"
+        )
+    if column is None:
+        return None
+    if column.dtype != declared.dtype:
+        return f"is of {column.dtype}, and declared as {declared.dtype}"
+    if jagged.is_jagged(column) != ("j:" in declared.shape):
+        return f"is {'jagged' if jagged.is_jagged(column) else 'dense'}, and declared as {declared.shape}"
+    if not jagged.is_jagged(column) and column.ndim != declared.shape.count(",") + 1:
+        return f"has the shape {tuple(column.shape)}, and is declared as {declared.shape}"
+    return None
+
+
+def _column_error(name: str, wrong: str, stage: str) -> ColumnError:
+    declared = COLUMNS.get(name)
+    written = (
+        f"the stage '{declared.writer}' writes it"
+        if declared is not None
+        else "no stage declares it (rlsys/batch/columns.py)"
+    )
+    return ColumnError(
+        f"column '{name}' {wrong}: the stage '{stage}' wants it, {written}",
+        where=f"stage '{stage}'",
+        fix=f"run the stage '{declared.writer}' before '{stage}'"
+        if declared is not None
+        else "write it before, or read another column",
+    )

@@ -87,18 +87,10 @@ class Gather(NamedTuple):
 
 
 def plan_rows(offsets: Tensor, rows: Tensor) -> Gather:
-    """The gather that lays rows [b] int64 (in any order, repeated or not, negative ones from the end) end to end.
-
-    Raises:
-        IndexError: there is no such row.
-    """
-    count = len(offsets) - 1
-    rows = rows.to(device=offsets.device, dtype=torch.int64)
-    if len(rows) and not (-count <= int(rows.min()) and int(rows.max()) < count):
-        raise IndexError(f"row {int(rows.min())} or {int(rows.max())} is not one of {count} rows")
-    rows = torch.where(rows < 0, rows + count, rows)
-    starts = offsets[:-1][rows]
-    picked = offsets[1:][rows] - starts
+    """The gather that lays rows [b] int64 (≥ 0, in any order, repeated or not) end to end."""
+    rows = rows.to(offsets.device)
+    starts = offsets[rows]
+    picked = offsets[rows + 1] - starts
     new = _offsets_of(picked)
     # position of every value: how far it is into the new buffer, moved by how far its row has moved
     moved = (starts - new[:-1]).repeat_interleave(picked)
@@ -107,7 +99,7 @@ def plan_rows(offsets: Tensor, rows: Tensor) -> Gather:
 
 def gather(column: Tensor, plan: Gather) -> Tensor:
     """The column's values at ``plan``, as a jagged column that shares the plan's offsets."""
-    return torch.nested.nested_tensor_from_jagged(values(column)[plan.index], plan.offsets)
+    return torch.nested.nested_tensor_from_jagged(values(column).index_select(0, plan.index), plan.offsets)
 
 
 def select_rows(column: Tensor, rows: Tensor | Sequence[int]) -> Tensor:
@@ -120,13 +112,24 @@ def select_rows(column: Tensor, rows: Tensor | Sequence[int]) -> Tensor:
 
 
 def row_indices(rows: Tensor | Sequence[int], count: int) -> Tensor:
-    """[b] int64 indices from indices or from a mask of ``count`` rows."""
+    """[b] int64 in 0 … count-1, from indices (negative ones from the end) or from a mask [count] bool.
+
+    Raises:
+        IndexError: there is no such row, or the mask does not have one value a row.
+    """
     rows = torch.as_tensor(rows)
-    if rows.dtype != torch.bool:
-        return rows.to(torch.int64)
-    if len(rows) != count:
-        raise IndexError(f"a mask of {len(rows)} does not fit {count} rows")
-    return rows.nonzero().flatten()
+    if rows.dtype == torch.bool:
+        if len(rows) != count:
+            raise IndexError(f"a mask of {len(rows)} does not fit {count} rows")
+        return rows.nonzero().flatten()
+    rows = rows.to(torch.int64)
+    if len(rows):
+        lowest, highest = (int(bound) for bound in rows.aminmax())
+        if lowest < -count or highest >= count:
+            raise IndexError(f"there are {count} rows, and row {highest if highest >= count else lowest} was asked for")
+        if lowest < 0:
+            rows = torch.where(rows < 0, rows + count, rows)
+    return rows
 
 
 def slice_rows(column: Tensor, start: int, stop: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Columns of Python objects."""
+"""Columns of Python objects, and what is in a batch in words."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from rlsys.batch.errors import BatchError
 
@@ -47,6 +48,21 @@ def _column_of(cells: Sequence[Any]) -> np.ndarray:
     for index, cell in enumerate(cells):
         column[index] = cell
     return column
+
+
+def describe(columns: dict[str, Any], arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> list[str]:
+    """A batch in words: shapes, dtypes and devices of its columns, types of its facts, one a line."""
+    lines = ["batch"]
+    for key, column in columns.items():
+        if isinstance(column, torch.Tensor):
+            lines.append(f"  {key}: {tuple(column.shape)} ({column.dtype}) {column.device}")
+        else:
+            lines.append(f"  {key}: {type(column).__name__}")
+    lines.append("non_tensor_batch")
+    lines += [f"  {key}: ndarray{array.shape} ({array.dtype})" for key, array in arrays.items()]
+    lines.append("meta_info")
+    lines += [f"  {key}: {type_words(value)}" for key, value in facts.items()]
+    return lines
 
 
 def type_words(value: Any) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from os import PathLike
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from rlsys.batch import disk, jagged, padded, rows
 from rlsys.batch.equality import merge_meta_info, union_meta_info, union_numpy_dict, union_tensor_dict
 from rlsys.batch.errors import BatchError
-from rlsys.batch.objects import concat_arrays, object_array, type_words
+from rlsys.batch.objects import concat_arrays, describe, object_array
 from rlsys.batch.wire import (
     deserialize_single_tensor,
     deserialize_tensordict,
@@ -47,7 +47,7 @@ __all__ = [
 
 _LOG = logging.getLogger(__name__)
 
-RowIndex = list | np.ndarray | Tensor
+RowIndex: TypeAlias = list | np.ndarray | Tensor
 
 
 class DataProtoConfig:
@@ -67,7 +67,7 @@ class DataProtoItem:
     jagged: frozenset[str] = frozenset()
 
 
-@dataclass
+@dataclass(eq=False)
 class DataProto:
     """Columns with one row a sample, and facts about all of them.
 
@@ -106,9 +106,9 @@ class DataProto:
     @property
     def nbytes(self) -> int:
         """Bytes in tensor columns (a jagged one: its values) and arrays; of objects, the references only."""
-        tensors = _tensors(self.batch)
-        flat = (jagged.values(column) if jagged.is_jagged(column) else column for column in tensors)
-        return sum(t.numel() * t.element_size() for t in flat) + sum(a.nbytes for a in self.non_tensor_batch.values())
+        columns = [] if self.batch is None else [column for column in self.batch.values() if isinstance(column, Tensor)]
+        tensors = sum(column.numel() * column.element_size() for column in columns)
+        return tensors + sum(array.nbytes for array in self.non_tensor_batch.values())
 
     def check_consistency(self) -> None:
         """Raises:
@@ -132,17 +132,8 @@ class DataProto:
 
     def get_data_info(self) -> str:
         """Columns with their shapes, dtypes and devices, and the types in meta_info, one a line."""
-        lines = ["batch"]
-        for key, column in self.batch.items() if self.batch is not None else ():
-            if isinstance(column, Tensor):
-                lines.append(f"  {key}: {tuple(column.shape)} ({column.dtype}) {column.device}")
-            else:
-                lines.append(f"  {key}: {type(column).__name__}")
-        lines.append("non_tensor_batch")
-        lines += [f"  {key}: ndarray{array.shape} ({array.dtype})" for key, array in self.non_tensor_batch.items()]
-        lines.append("meta_info")
-        lines += [f"  {key}: {type_words(value)}" for key, value in self.meta_info.items()]
-        return "\n".join(lines)
+        columns = {} if self.batch is None else dict(self.batch.items())
+        return "\n".join(describe(columns, self.non_tensor_batch, self.meta_info))
 
     # ---- made from, turned into
 
@@ -219,7 +210,10 @@ class DataProto:
             if common := columns.keys() & keys.keys():
                 raise BatchError(f"'{min(common)}' of {name} is the name of a column too")
             if name == "non_tensor_batch":
-                columns |= {key: _cell_stack(array) for key, array in self.non_tensor_batch.items()}
+                columns |= {
+                    key: NonTensorStack.from_list([NonTensorData(cell) for cell in array])
+                    for key, array in self.non_tensor_batch.items()
+                }
         columns |= {key: NonTensorData(value) for key, value in self.meta_info.items()}
         return TensorDict(columns, batch_size=[len(self)])
 
@@ -379,9 +373,7 @@ class DataProto:
         Raises:
             IndexError: there is no such row.
         """
-        index = torch.as_tensor(idxs)
-        index = jagged.row_indices(index.cpu() if index.numel() else index.to(torch.int64), len(self))
-        return self._rows(index)
+        return self._take(jagged.row_indices(_as_tensor(idxs), len(self)))
 
     def slice(self, start: int | None = None, end: int | None = None, step: int | None = None) -> Self:
         """Rows start … end-1, as Python slices mean it; views where step is 1."""
@@ -409,7 +401,7 @@ class DataProto:
         return [self.slice(start, start + split_size) for start in range(0, len(self), split_size)]
 
     @staticmethod
-    def concat(data: Sequence[DataProto]) -> Any:
+    def concat(data: Sequence[DataProto]) -> DataProto:
         """Rows of all batches one after the other; the class is the first one's.
 
         meta_info is merged. Under ``metrics`` each batch may have a dict or a list of dicts, one a worker; the result
@@ -435,7 +427,7 @@ class DataProto:
     def repeat(self, repeat_times: int = 2, interleave: bool = True) -> Self:
         """Every row so many times: each next to itself, or the whole batch again and again."""
         index = torch.arange(len(self))
-        return self._rows(index.repeat_interleave(repeat_times) if interleave else index.repeat(repeat_times))
+        return self._take(index.repeat_interleave(repeat_times) if interleave else index.repeat(repeat_times))
 
     def sample_level_repeat(self, repeat_times: RowIndex | tuple[int, ...]) -> Self:
         """Row i ``repeat_times[i]`` times, next to itself.
@@ -448,7 +440,7 @@ class DataProto:
         times = torch.as_tensor(repeat_times, dtype=torch.int64).cpu()
         if times.shape != (len(self),):
             raise BatchError(f"repeat_times has shape {tuple(times.shape)}, and the batch has {len(self)} rows")
-        return self._rows(torch.arange(len(self)).repeat_interleave(times))
+        return self._take(torch.arange(len(self)).repeat_interleave(times))
 
     def unfold_column_chunks(self, n_split: int, split_keys: Sequence[str] | None = None) -> Self:
         """Cuts the second dimension of the columns ``split_keys`` into ``n_split`` parts and makes each part a row; the
@@ -466,10 +458,8 @@ class DataProto:
         }
         if self.batch is None:
             return type(self)(None, arrays, self.meta_info)
-        columns = {
-            key: rows.unfold(key, column, n_split) if key in split else repeated.batch[key]
-            for key, column in self.batch.items()
-        }
+        columns = dict(repeated.batch.items()) if repeated.batch is not None else {}
+        columns |= {key: rows.unfold(key, self.batch[key], n_split) for key in self.batch.keys() & split}
         batch = TensorDict(columns, batch_size=(len(self) * n_split,), device=self.batch.device)
         return type(self)(batch, arrays, self.meta_info)
 
@@ -492,7 +482,7 @@ class DataProto:
             raise BatchError(f"{len(self)} % {mini_batch_size} != 0")
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         loader = DataLoader(
-            range(len(self)),  # type: ignore[arg-type]
+            range(len(self)),
             batch_size=mini_batch_size,
             collate_fn=self.select_idxs,
             generator=generator,
@@ -508,7 +498,7 @@ class DataProto:
         row = 0 if padding_candidate == "first" else len(self) - 1
         self.reorder(torch.cat([torch.arange(len(self)), torch.full((padding_size,), row)]))
 
-    def _rows(self, index: Tensor) -> Self:
+    def _take(self, index: Tensor) -> Self:
         batch = None if self.batch is None else rows.select(self.batch, index)
         where = index.numpy()
         return type(self)(batch, {key: a[where] for key, a in self.non_tensor_batch.items()}, self.meta_info)
@@ -545,7 +535,7 @@ def fold_batch_dim(data: DataProto, new_batch_size: int) -> DataProto:
         raise BatchError(f"{len(data)} rows do not fold into {new_batch_size}")
     batch = None
     if data.batch is not None:
-        _refuse_jagged(data.batch, "folded")
+        rows.refuse_nested(data.batch, "folded")
         batch = data.batch.view(new_batch_size, -1)
         batch.auto_batch_size_(batch_dims=1)
     arrays = {key: a.reshape(new_batch_size, -1, *a.shape[1:]) for key, a in data.non_tensor_batch.items()}
@@ -560,7 +550,7 @@ def unfold_batch_dim(data: DataProto, batch_dims: int = 2) -> DataProto:
     """
     batch = None
     if data.batch is not None:
-        _refuse_jagged(data.batch, "unfolded")
+        rows.refuse_nested(data.batch, "unfolded")
         batch = data.batch.copy()
         batch.auto_batch_size_(batch_dims=batch_dims)
         batch = batch.view(-1)
@@ -571,11 +561,12 @@ def unfold_batch_dim(data: DataProto, batch_dims: int = 2) -> DataProto:
 def collate_fn(x: Sequence[DataProtoItem]) -> DataProto:
     """A batch of rows (objects: one cell each)."""
     names = x[0].jagged
+    singles: list[Any] = [item.batch for item in x]
     batch = None
-    if x[0].batch is not None:
-        batch = torch.stack([item.batch.exclude(*names) for item in x]).contiguous()
+    if singles[0] is not None:
+        batch = torch.stack([single.exclude(*names) for single in singles]).contiguous()
         for name in names:
-            batch.set(name, jagged.from_rows([item.batch[name] for item in x]))
+            batch.set(name, jagged.from_rows([single[name] for single in singles]))
     arrays = {key: object_array([item.non_tensor_batch[key] for item in x]) for key in x[0].non_tensor_batch}
     return DataProto(batch=batch, non_tensor_batch=arrays)
 
@@ -591,19 +582,6 @@ def _tensor_dict(tensors: Mapping[str, Tensor], num_batch_dims: int) -> TensorDi
     return TensorDict(dict(tensors), batch_size=size)
 
 
-def _refuse_jagged(batch: TensorDict, what: str) -> None:
-    for key in rows.nested_columns(batch):
-        raise BatchError(f"column '{key}' is jagged and cannot be {what}: pad it first (to_padded)")
-
-
-def _cell_stack(array: np.ndarray) -> NonTensorStack:
-    return NonTensorStack.from_list([NonTensorData(cell) for cell in array])
-
-
-def _tensors(batch: TensorDict | None) -> list[Tensor]:
-    return [column for column in batch.values() if isinstance(column, Tensor)] if batch is not None else []
-
-
 def _some(values: dict[str, Any], keys: Sequence[str] | None) -> dict[str, Any]:
     return values if keys is None else {key: value for key, value in values.items() if key in keys}
 
@@ -614,3 +592,9 @@ def _names(keys: str | list[str] | None) -> list[str]:
     if not isinstance(keys, list):
         raise TypeError(f"keys must be a list or a string, but got {type(keys)}")
     return keys
+
+
+def _as_tensor(idxs: RowIndex) -> Tensor:
+    if isinstance(idxs, np.ndarray):  # a copy: arrays out of the object store are read-only
+        return torch.from_numpy(idxs.astype(bool if idxs.dtype == bool else np.int64))
+    return torch.as_tensor(idxs).cpu()

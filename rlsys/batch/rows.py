@@ -24,17 +24,16 @@ def nested_columns(batch: TensorDict) -> Columns:
     return {key: column for key, column in batch.items() if isinstance(column, Tensor) and column.is_nested}
 
 
-def select(batch: TensorDict, rows: Tensor) -> TensorDict:
-    """Rows [b] int64, in that order; copies.
-
-    Raises:
-        IndexError: there is no such row.
+def refuse_nested(batch: TensorDict, what: str) -> None:
+    """Raises:
+    BatchError: there is a nested column.
     """
-    count = batch.batch_size[0]
-    if len(rows) and int(rows.min()) < 0:
-        rows = torch.where(rows < 0, rows + count, rows)
-    if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < count):
-        raise IndexError(f"the batch has {count} rows, and rows {rows.tolist()[:8]} … were asked for")
+    for key in nested_columns(batch):
+        raise BatchError(f"column '{key}' is jagged and cannot be {what}: pad it first (to_padded)")
+
+
+def select(batch: TensorDict, rows: Tensor) -> TensorDict:
+    """Rows [b] int64 (≥ 0), in that order; copies."""
     nested = nested_columns(batch)
     columns = {key: _take(column, rows) for key, column in batch.items() if key not in nested}
     selected = TensorDict(columns, batch_size=(len(rows),), device=batch.device)
@@ -48,7 +47,7 @@ def cut(batch: TensorDict, start: int, stop: int, step: int = 1) -> TensorDict:
     part = dense[slice(start, stop if stop >= 0 else None, step)]
     if step == 1:
         return _with_nested(part, _cut_nested(nested, start, max(start, stop)))
-    return _with_nested(part, _select_nested(nested, torch.arange(start, stop, step) if nested else None))
+    return _with_nested(part, _select_nested(nested, torch.tensor(range(start, stop, step), dtype=torch.int64)))
 
 
 def row(batch: TensorDict, index: int) -> TensorDict:

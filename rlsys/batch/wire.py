@@ -75,7 +75,8 @@ def deserialize_tensordict(arr: EncodedTensorDict, *, copy: bool = True) -> Tens
         if len(encoded) == 3:
             columns[key] = tensor(encoded)
         elif len(encoded) == 2:
-            columns[key] = _decode(*encoded, tensor, offsets)
+            kind, parts = encoded
+            columns[key] = _decode(kind, parts, tensor, offsets)
         else:
             raise ValueError(f"column {key!r}: 2 or 3 parts were expected, not {len(encoded)}")
     return TensorDict(columns, batch_size=batch_size, device=_device_here(device))
