@@ -29,6 +29,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from rlsys.batch import jagged
+from rlsys.batch.wire import raw_bytes
 from rlsys.config.errors import UserError
 
 FORMAT, VERSION = "rlsys.DataProto", "1"
@@ -178,7 +179,7 @@ def _apart(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _checksum(buffer: Tensor) -> int:
-    return zlib.crc32(buffer.reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(raw_bytes(buffer).numpy())
 
 
 # ---- objects

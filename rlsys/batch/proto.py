@@ -458,8 +458,8 @@ class DataProto:
         }
         if self.batch is None:
             return type(self)(None, arrays, self.meta_info)
-        columns = dict(repeated.batch.items()) if repeated.batch is not None else {}
-        columns |= {key: rows.unfold(key, self.batch[key], n_split) for key in self.batch.keys() & split}
+        others = {} if repeated.batch is None else dict(repeated.batch.items())
+        columns = {key: others[key] if key in others else rows.unfold(key, c, n_split) for key, c in self.batch.items()}
         batch = TensorDict(columns, batch_size=(len(self) * n_split,), device=self.batch.device)
         return type(self)(batch, arrays, self.meta_info)
 

@@ -9,7 +9,7 @@ GIVEN = -1  # version of a token that nobody sampled
 
 
 class WeightVersion(NamedTuple):
-    """lineage: how often the run was started or rolled back; step: optimiser steps that the weights have behind them."""
+    """lineage: how often the run was started or rolled back; step: optimiser steps the weights have behind them."""
 
     lineage: int
     step: int

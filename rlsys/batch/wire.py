@@ -18,10 +18,16 @@ EncodedTensor = tuple[str, tuple[int, ...], Any]
 EncodedTensorDict = tuple[tuple[int, ...], str | None, dict[str, Any]]
 
 
+def raw_bytes(tensor: Tensor) -> Tensor:
+    """[N] uint8, on the CPU: the bytes of a dense tensor, shared with one that is contiguous there."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # A single element may have any stride and is contiguous all the same.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
+
+
 def serialize_single_tensor(obj: Tensor) -> EncodedTensor:
     """dtype, shape and the bytes of a dense tensor. The bytes are shared with a contiguous CPU tensor."""
-    data = obj.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return str(obj.dtype).removeprefix("torch."), tuple(obj.shape), data
+    return str(obj.dtype).removeprefix("torch."), tuple(obj.shape), raw_bytes(obj).numpy()
 
 
 def deserialize_single_tensor(arr: EncodedTensor, *, copy: bool = True) -> Tensor:
