@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Sequence
+from datetime import date, time
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,8 @@ def make_row(
     Raises:
         UserError: a key is missing, of the wrong type or empty, or a message is malformed.
     """
-    key = "messages" if prompt_key == "prompt" and "prompt" not in fields and "messages" in fields else prompt_key
+    use_messages = prompt_key == "prompt" and fields.get("prompt") is None and "messages" in fields
+    key = "messages" if use_messages else prompt_key
     _need(fields, key, where, config_key="data.prompt_key")
     _need(fields, answer_key, where, config_key="data.answer_key")
     messages = _messages(fields[key], key, where)
@@ -61,7 +64,7 @@ def make_row(
         raise UserError(
             f"'{answer_key}' is {answer}", where=where, fix="give text, a number, or a list or object of them"
         )
-    asked = next(message["content"] for message in reversed(messages) if message["role"] != "assistant")
+    asked = next(message["content"] for message in reversed(messages) if message["role"] == "user")
     return Row(f"{part}-{number}", messages, {**fields, "prompt": asked, "answer": answer}, where)
 
 
@@ -114,7 +117,26 @@ class ParquetRows(LazyRows):
         super().__init__(self._table.num_rows, lambda i: self._row(i + 1, self._table.slice(i, 1).to_pylist()[0]))
 
     def _row(self, number: int, fields: dict[str, Any]) -> Row:
-        return self._make_row(fields, number, f"{self._path}:row {number}")
+        where = f"{self._path}:row {number}"
+        return self._make_row({name: _json_like(value, name, where) for name, value in fields.items()}, number, where)
+
+
+def _json_like(value: Any, column: str, where: str) -> Any:
+    """A parquet value as JSON content, which is all that rewards and run files take."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case dict():
+            return {name: _json_like(item, column, where) for name, item in value.items()}
+        case list() | tuple():
+            return [_json_like(item, column, where) for item in value]
+        case Decimal():
+            return str(value)
+        case date() | time():
+            return value.isoformat()
+    raise UserError(
+        f"column '{column}' is {_kind(value)}", where=where, fix="leave the column out, or make it text or numbers"
+    )
 
 
 def _messages(value: Any, key: str, where: str) -> list[Message]:
@@ -138,6 +160,8 @@ def _messages(value: Any, key: str, where: str) -> list[Message]:
             where=where,
             fix="the last message must be the user's (or a tool's)",
         )
+    if all(message["role"] != "user" for message in messages):
+        raise UserError(f"'{key}' has no user message", where=where, fix="add one, or leave the row out")
     return messages
 
 

@@ -73,9 +73,9 @@ class JsonlRows(LazyRows):
                 where=where,
                 fix="one JSON object a line",
             ) from None
-        except RecursionError:
+        except (RecursionError, ValueError):  # ValueError: a number of thousands of digits
             raise UserError(
-                "the line's JSON is nested too deeply", where=where, fix="one flat JSON object a line"
+                "the line's JSON is nested too deeply, or has too long a number", where=where, fix="simplify the row"
             ) from None
         if not isinstance(value, dict):
             raise UserError(
