@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = EXIT_BAD_INPUT
 
     register_schemas()
+    # Warnings of libraries about themselves, at import and start; they tell a user nothing about the run.
+    for chatty in ("torch.fx._symbolic_trace", "ray"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them and leaving
     arguments, sys.argv = sys.argv, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
     try:

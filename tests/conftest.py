@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("no deadline", deadline=None)  # how long an example takes says nothing on a busy machine
+settings.load_profile("no deadline")
 
 _HERE = Path(__file__).resolve().parent
 

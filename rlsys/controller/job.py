@@ -213,14 +213,14 @@ class Job:
         step_s = time.monotonic() - self._began
         metrics = experience_metrics(experience, self.config) | self._metrics
         metrics |= {f"time/{name}_s": seconds for name, seconds in self._seconds.items()} | {"time/step_s": step_s}
-        metrics["throughput/tokens_per_s"] = (metrics["rollout/tokens"] + metrics["train/tokens"]) / step_s
+        metrics["throughput/tokens_per_s"] = metrics["rollout/tokens"] / step_s
         metrics |= {"version/lineage": self.state.lineage, "version/step": self.state.step}
         metrics["memory/pss_bytes"] = float(self.observers.memory.peak_bytes)
         raised = alerts.check(metrics, mismatch_alarm=self.config.rollout.mismatch_alarm)
         metrics |= alerts.as_metrics(raised)
         for alert in raised:
             self.observers.folder.log_event("alert", alert.text, step=self.state.step)
-            self.observers.display.note(alert.text)
+            self.observers.display.note(alert.text, alert=True)
         self._log(metrics)
         self._write_rollouts(experience, advantages)
         self._began = 0.0

@@ -83,7 +83,11 @@ def _supervise(
     """Runs the job inside its cluster, and turns how it ended into an exit code and a summary."""
     status, reason = FINISHED, ""
     try:
-        with connect(config.cluster) as session, _groups(config, session, inputs, stop, observers) as groups:
+        resumed = origin.state.step if origin else None
+        with (
+            connect(config.cluster) as session,
+            _groups(config, session, inputs, stop, observers, resumed) as groups,
+        ):
             job = _job(config, inputs, origin, observers, stop, groups)
             try:
                 train(job)
@@ -150,7 +154,12 @@ def _job(
 
 @contextmanager
 def _groups(
-    config: RunConfig, session: Session, inputs: Inputs, stop: StopFlag, observers: Observers
+    config: RunConfig,
+    session: Session,
+    inputs: Inputs,
+    stop: StopFlag,
+    observers: Observers,
+    resumed_step: int | None,
 ) -> Iterator[Groups]:
     """Starts every actor, all at once, and ends them all on the way out."""
     deadlines = config.deadlines
@@ -164,6 +173,7 @@ def _groups(
             ranks=len(layout.of("trainer")),
             cluster=f"{session.gpus} GPUs" if session.gpus else f"{session.cores} CPU cores",
             run_folder=observers.folder.path,
+            resumed_step=resumed_step,
         )
     )
     observers.display.phase("start")

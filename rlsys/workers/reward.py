@@ -55,7 +55,12 @@ class RewardWorker:
             [row.tolist() for row in jagged.to_rows(batch.batch["response_ids"])], skip_special_tokens=True
         )
         tasks = batch.non_tensor_batch["task"]
-        items = list(zip(texts, tasks, strict=True))
+        lengths = jagged.lengths(batch.batch["response_ids"]).tolist()
+        reasons = batch.non_tensor_batch["finish_reason"]
+        items = [
+            (text, {**task, "response_tokens": length, "finish_reason": reason})
+            for text, task, length, reason in zip(texts, tasks, lengths, reasons, strict=True)
+        ]
         scored = self._pool.score(items, budget=self._budget, total=step_rows)
         rewards = np.asarray([s.reward for s in scored], dtype=np.float32)
         columns = DataProto.from_dict(

@@ -166,7 +166,7 @@ def _outcome(module: Any, steps: list[Step], count: int, seed: int) -> Any:
     return data
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.tuples(st.sampled_from(sorted(_OPERATIONS)), st.lists(st.integers(0, 1000), min_size=8, max_size=8)),

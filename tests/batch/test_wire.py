@@ -171,22 +171,19 @@ def test_a_foreign_encoding_is_refused() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_rays_object_store_shares_the_memory() -> None:
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 * 1024**2, ignore_reinit_error=True)
-    try:
-        data = mixed_batch(64)
-        data.batch["large"] = torch.randn(64, 4096)
-        reference = ray.put(data)
-        first, second = ray.get(reference), ray.get(reference)
-        assert_equal(first, data)
-        assert first.batch["large"].data_ptr() == second.batch["large"].data_ptr()
-        assert jagged.values(first.batch["logprobs"]).data_ptr() == jagged.values(second.batch["logprobs"]).data_ptr()
+    data = mixed_batch(64)
+    data.batch["large"] = torch.randn(64, 4096)
+    reference = ray.put(data)
+    first, second = ray.get(reference), ray.get(reference)
+    assert_equal(first, data)
+    assert first.batch["large"].data_ptr() == second.batch["large"].data_ptr()
+    assert jagged.values(first.batch["logprobs"]).data_ptr() == jagged.values(second.batch["logprobs"]).data_ptr()
 
-        @ray.remote
-        def rows(batch: DataProto) -> Any:
-            return batch.select_idxs([5, 1])
+    @ray.remote
+    def rows(batch: DataProto) -> Any:
+        return batch.select_idxs([5, 1])
 
-        assert_equal(ray.get(rows.remote(reference)), data.select_idxs([5, 1]))
-    finally:
-        ray.shutdown()
+    assert_equal(ray.get(rows.remote(reference)), data.select_idxs([5, 1]))

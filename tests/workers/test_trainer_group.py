@@ -21,7 +21,7 @@ from rlsys.workers.groups import TrainerGroup
 from rlsys.workers.trainer import Slice
 from rlsys.workers.waits import StopFlag, gather
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.ray
 
 
 @contextmanager

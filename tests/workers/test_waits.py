@@ -11,7 +11,7 @@ import ray
 from rlsys.config.errors import UserError
 from rlsys.workers.waits import ActorFailed, Call, DeadlineExceeded, StopFlag, StopRequested, as_completed, gather
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.ray
 
 
 @ray.remote(num_cpus=0, max_concurrency=4)

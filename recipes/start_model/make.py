@@ -1,0 +1,133 @@
+"""Makes the bundled start: a 0.8M-parameter Qwen3 that imitates careless solvers of two-digit additions.
+
+    python recipes/start_model/make.py --out recipes/start_model/checkpoints/arithmetic
+
+Trains on the same TrainerWorker as reinforcement learning, with a cross-entropy channel. Problems that are held out of
+training there are held out here too. The same machine makes the same bytes again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+from rich.progress import Progress
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from rlsys.algorithms.objective import CrossEntropy, Objective
+from rlsys.batch import DataProto, jagged
+from rlsys.cluster.placement import ActorSpec, Plan
+from rlsys.cluster.session import Placement, connect
+from rlsys.config.schema import ArithmeticData, ClusterConfig, DeadlineConfig, ModelConfig, TrainerConfig
+from rlsys.data.arithmetic import Problem, prompt, split
+from rlsys.workers.groups import TrainerGroup
+from rlsys.workers.trainer import Slice
+from rlsys.workers.waits import StopFlag, gather
+
+sys.path.insert(0, str(Path(__file__).parent))
+from careless import careless_sum
+from tokenizer import END, VOCABULARY, make_tokenizer
+
+ROWS = 256  # answers a step
+STEPS = 900
+SEED = 0
+TRAINER = TrainerConfig(lr=2e-3, schedule="wsd", warmup_steps=20, weight_decay=0.01, micro_batch_tokens=8192)
+DATA = ArithmeticData(kind="arithmetic", prompts_per_step=ROWS, max_prompt_tokens=16, max_response_tokens=8)
+
+
+def fresh_model(folder: Path) -> None:
+    """Writes the untrained model and its tokenizer."""
+    torch.manual_seed(SEED)
+    tokenizer = make_tokenizer()
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+class Solvers:
+    """Rows of problems with careless answers, drawn anew each step."""
+
+    def __init__(self, problems: list[Problem]):
+        self._problems = problems
+        self._tokenizer = make_tokenizer()
+        self._ids: dict[str, int] = self._tokenizer.get_vocab()
+
+    def draw(self, step: int) -> DataProto:
+        """[ROWS] rows for one training step; a pure function of ``step``."""
+        rng = np.random.default_rng([SEED, step])
+        chosen = [self._problems[i] for i in rng.integers(len(self._problems), size=ROWS)]
+        prompts = [self._encode(prompt(p, DATA.digits)) for p in chosen]
+        answers = [f"{careless_sum(p.a, p.b, rng):0{DATA.digits + 1}d}" for p in chosen]
+        responses = [torch.tensor([*(self._ids[c] for c in answer), self._ids[END]]) for answer in answers]
+        return DataProto.from_dict(
+            tensors={
+                "prompt_ids": jagged.from_rows(prompts),
+                "response_ids": jagged.from_rows(responses),
+                "response_mask": jagged.from_rows([torch.ones(len(r), dtype=torch.bool) for r in responses]),
+            }
+        )
+
+    def _encode(self, text: str) -> torch.Tensor:
+        messages = [{"role": "user", "content": text}]
+        return torch.tensor(
+            self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        )
+
+
+def train(out: Path, steps: int, threads: int) -> list[float]:
+    """Trains from scratch for ``steps`` and writes ``out``. Returns the loss of every step."""
+    training, _ = split(DATA.digits, DATA.operations, DATA.held_out, DATA.split_seed)
+    solvers, losses = Solvers(training), []
+    with ExitStack() as stack:
+        start = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        fresh_model(start)
+        stack.enter_context(connect(ClusterConfig()))
+        plan = Plan((ActorSpec("trainer", 0, threads=threads, env={"OMP_NUM_THREADS": str(threads)}),), ())
+        group = TrainerGroup(Placement(plan, seconds=60), DeadlineConfig(), StopFlag())
+        stack.callback(group.close)
+        calls = group.starting(ModelConfig(path=str(start)), TRAINER, temperature=1.0, total_steps=steps, seed=SEED)
+        gather(calls, phase="start", seconds=300)
+        group.set_objective(Objective({"cross_entropy": (CrossEntropy(), 1.0)}))
+        progress = stack.enter_context(Progress())
+        task = progress.add_task("imitating careless solvers", total=steps)
+        for step in range(steps):
+            rows = ray.put(solvers.draw(step))
+            group.load_batch([[[Slice((rows,), np.arange(ROWS))]]])
+            losses.append(group.forward_backward(0, [{}])["cross_entropy/loss"])
+            group.optim_step()
+            progress.update(task, advance=1, description=f"loss {losses[-1]:.3f}")
+        group.export_hf(str(out.absolute()), str(start), "bfloat16")
+    (out / "recipe.json").write_text(
+        json.dumps({"steps": steps, "seed": SEED, "final_loss": losses[-1]}, indent=2) + "\n"
+    )
+    return losses
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the model into")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    train(arguments.out, arguments.steps, arguments.threads)

@@ -1,0 +1,145 @@
+"""What only vLLM can get wrong: fused, padded and packed weights, its arguments, its processes."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from model_folders import Family, make_model, make_model_folder
+
+from rlsys.batch.versions import WeightVersion
+from rlsys.config.errors import UserError
+from rlsys.config.schema import VllmRollout
+from rlsys.engines.rollout import start_engine
+from rlsys.engines.sync.buckets import pack
+from rlsys.engines.sync.checksum import weights_checksum
+from rlsys.environments.base import SamplingParams
+
+pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("vllm")]
+pytest.importorskip("vllm")
+
+
+def config(**given: Any) -> VllmRollout:
+    return VllmRollout(**{"engine": "vllm", "samples_per_prompt": 1, "kv_cache_gib": 0.1} | given)
+
+
+def test_every_refused_argument_is_one_that_vllm_has() -> None:
+    from vllm import AsyncEngineArgs
+
+    from rlsys.engines.rollout.vllm_args import OWNED
+
+    assert set(OWNED) <= {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+
+
+def test_config_reaches_vllm(tmp_path: Path) -> None:
+    from rlsys.engines.rollout.vllm import engine_arguments
+
+    given = config(max_concurrent=7, dtype="bfloat16", engine_args={"max_num_batched_tokens": 99}, enforce_eager=False)
+    arguments = engine_arguments(str(tmp_path), given, max_length=31, seed=5)
+    assert arguments["max_num_seqs"] == 7
+    assert arguments["max_num_batched_tokens"] == 99
+    assert arguments["max_model_len"] == 31
+    assert (arguments["seed"], arguments["dtype"], arguments["enforce_eager"]) == (5, "bfloat16", False)
+
+
+def test_an_unknown_argument_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="max_num_batched_tokens"):
+        asyncio.run(start_engine(str(tmp_path), config(engine_args={"max_num_batched_token": 1}), max_length=8))
+
+
+def test_the_environment_is_as_it_was_afterwards() -> None:
+    from rlsys.engines.rollout.vllm_environment import core_environment
+
+    before = dict(os.environ)
+    with core_environment(3, on_cpu=True, eager=True):
+        assert os.environ["OMP_NUM_THREADS"] == "3"
+        os.environ["LD_PRELOAD"] = "added by vLLM"
+    assert dict(os.environ) == before
+
+
+FAMILIES = [
+    pytest.param(family, tied, dtype, marks=[] if (family, tied, dtype) == fast else [pytest.mark.slow])
+    for fast in [("qwen2", False, "bfloat16")]
+    for family in ("qwen2", "qwen3", "llama")
+    for tied in (True, False)
+    for dtype in ("float32", "bfloat16")
+]
+
+
+@pytest.mark.parametrize(("family", "tied", "dtype"), FAMILIES)
+def test_what_it_holds_is_what_was_sent(family: Family, tied: bool, dtype: str, tmp_path: Path) -> None:
+    """Checksums agree for the weights of the folder and for new ones, and log-probs follow them."""
+    folder = make_model_folder(tmp_path, family, tied=tied)
+
+    async def check() -> None:
+        engine = await start_engine(str(folder), config(dtype=dtype), max_length=32, threads=1)
+        try:
+            for seed in (0, 1, 2):
+                model = make_model(family, tied=tied, seed=seed).to(getattr(torch, dtype))
+                expected = weights_checksum(model.named_parameters())
+                if seed:
+                    buckets = pack(model.named_parameters(), 1 << 14)
+                    assert await engine.update_weights(buckets, WeightVersion(0, seed)) == expected
+                assert await engine.checksum() == expected
+                sample = await engine.generate([3, 4, 5], SamplingParams(1.0, 10, seed))
+                with torch.no_grad():
+                    logits = model(torch.tensor([[3, 4, 5, *sample.token_ids]])).logits[0, 2:-1].float()
+                logprobs = logits.log_softmax(-1).gather(-1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+                tolerance = 1e-4 if dtype == "float32" else 0.25
+                torch.testing.assert_close(torch.tensor(sample.logprobs), logprobs, atol=tolerance, rtol=0)
+        finally:
+            await engine.close()
+
+    asyncio.run(check())
+
+
+STARTER = """
+import asyncio, sys
+from rlsys.config.schema import VllmRollout
+from rlsys.engines.rollout import start_engine
+async def main():
+    config = VllmRollout(engine="vllm", samples_per_prompt=1, kv_cache_gib=0.1)
+    print("starting", flush=True)
+    engine = await start_engine(sys.argv[1], config, max_length=32, threads=1)
+    print("ready", flush=True)
+    sys.stdin.read()
+    await engine.close()
+    print("closed", flush=True)
+    sys.stdin.read()
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["starting", "ready"])
+def test_its_processes_end_with_a_killed_owner(when: str, tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model")
+    (tmp_path / "starter.py").write_text(STARTER)
+    owner = subprocess.Popen(
+        [sys.executable, str(tmp_path / "starter.py"), str(folder)],
+        stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
+    while owner.stdout.readline().strip() != when:
+        assert owner.poll() is None
+    process = psutil.Process(owner.pid)
+    while not (children := process.children(recursive=True)) or (when == "starting" and len(children) < 2):
+        assert owner.poll() is None
+    os.kill(owner.pid, signal.SIGKILL)
+    owner.wait()
+    _, alive = psutil.wait_procs(children, timeout=120)
+    for left in alive:
+        left.kill()
+    assert not alive
