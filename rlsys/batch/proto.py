@@ -574,7 +574,7 @@ def collate_fn(x: Sequence[DataProtoItem]) -> DataProto:
 def _tensor_dict(tensors: Mapping[str, Tensor], num_batch_dims: int) -> TensorDict:
     first, size = None, None
     for key, tensor in tensors.items():
-        shape = tensor.shape[:num_batch_dims]
+        shape = torch.Size([tensor.size(0)]) if tensor.is_nested else tensor.shape[:num_batch_dims]
         if size is None:
             first, size = key, shape
         elif shape != size:

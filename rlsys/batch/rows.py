@@ -42,12 +42,13 @@ def select(batch: TensorDict, rows: Tensor) -> TensorDict:
 
 def cut(batch: TensorDict, start: int, stop: int, step: int = 1) -> TensorDict:
     """Rows start, start + step, … before stop, as ``slice.indices`` gives them; views where step is 1."""
+    if step < 0:  # torch has no views that run backwards
+        return select(batch, torch.tensor(range(start, stop, step), dtype=torch.int64))
     nested = nested_columns(batch)
-    dense = batch.exclude(*nested) if nested else batch
-    part = dense[slice(start, stop if stop >= 0 else None, step)]
+    part = (batch.exclude(*nested) if nested else batch)[start:stop:step]
     if step == 1:
         return _with_nested(part, _cut_nested(nested, start, max(start, stop)))
-    return _with_nested(part, _select_nested(nested, torch.tensor(range(start, stop, step), dtype=torch.int64)))
+    return _with_nested(part, _select_nested(nested, torch.arange(start, max(start, stop), step)))
 
 
 def row(batch: TensorDict, index: int) -> TensorDict:
