@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from rlsys.config.errors import UserError
@@ -82,7 +83,6 @@ def test_what_the_package_does_not_know_is_an_error(fields, where, fix):
 
 
 def test_metadata_keeps_tuples_and_becomes_json_otherwise():
-    np = pytest.importorskip("numpy")
     plain = json_like({"a": (1, [2]), "b": {3, 1}, "c": np.float32(0.5), "d": None})
     assert plain == {"a": (1, [2]), "b": [1, 3], "c": 0.5, "d": None}
     json.dumps(plain)
