@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from os import PathLike
 from typing import Any, Self, TypeAlias
 
@@ -390,15 +390,15 @@ class DataProto:
         if not self.is_padding_enabled() and len(self) % chunks:
             raise BatchError(f"only support equal chunk. Got size of DataProto {len(self)} and chunk {chunks}.")
         if self.batch is None:  # as np.array_split: sizes differ by one at most
-            bounds = np.cumsum([0, *(len(part) for part in np.array_split(np.arange(len(self)), chunks))]).tolist()
+            sizes = [(len(self) + index) // chunks for index in range(chunks)][::-1]
         else:
             size = -(-len(self) // chunks)
-            bounds = [min(size * index, len(self)) for index in range(chunks + 1)]
-        return [self.slice(start, stop) for start, stop in pairwise(bounds)]
+            sizes = [max(min(size, len(self) - size * index), 0) for index in range(chunks)]
+        return self._split(sizes)
 
     def split(self, split_size: int) -> list[Self]:
         """Runs of ``split_size`` rows; the last may be shorter."""
-        return [self.slice(start, start + split_size) for start in range(0, len(self), split_size)]
+        return self._split([min(split_size, len(self) - start) for start in range(0, len(self), split_size)])
 
     @staticmethod
     def concat(data: Sequence[DataProto]) -> DataProto:
@@ -497,6 +497,12 @@ class DataProto:
         """Appends the first ("first") or last row ``padding_size`` times, in place."""
         row = 0 if padding_candidate == "first" else len(self) - 1
         self.reorder(torch.cat([torch.arange(len(self)), torch.full((padding_size,), row)]))
+
+    def _split(self, sizes: Sequence[int]) -> list[Self]:
+        batches = [None] * len(sizes) if self.batch is None or not sizes else rows.split(self.batch, sizes)
+        bounds = pairwise(accumulate(sizes, initial=0))
+        arrays = [{key: a[start:stop] for key, a in self.non_tensor_batch.items()} for start, stop in bounds]
+        return [type(self)(*columns, self.meta_info) for columns in zip(batches, arrays, strict=True)]
 
     def _take(self, index: Tensor) -> Self:
         batch = None if self.batch is None else rows.select(self.batch, index)

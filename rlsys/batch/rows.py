@@ -7,6 +7,7 @@ offsets share one gather and, in the result, one offsets tensor.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -49,6 +50,17 @@ def cut(batch: TensorDict, start: int, stop: int, step: int = 1) -> TensorDict:
     if step == 1:
         return _with_nested(part, _cut_nested(nested, start, max(start, stop)))
     return _with_nested(part, _select_nested(nested, torch.arange(start, max(start, stop), step)))
+
+
+def split(batch: TensorDict, sizes: Sequence[int]) -> list[TensorDict]:
+    """Runs of ``sizes`` rows, which add up to all; views."""
+    nested = nested_columns(batch)
+    dense = batch.exclude(*nested) if nested else batch
+    parts = list(dense.split(list(sizes)))
+    if nested:
+        for part, stop in zip(parts, accumulate(sizes), strict=True):
+            _with_nested(part, _cut_nested(nested, stop - len(part), stop))
+    return parts
 
 
 def row(batch: TensorDict, index: int) -> TensorDict:
