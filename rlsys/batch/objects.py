@@ -30,7 +30,7 @@ def concat_arrays(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarra
     for index, part in enumerate(parts):
         if differing := parts[0].keys() ^ part.keys():
             raise BatchError(f"object column '{min(differing)}' is not in all of the batches (see number {index})")
-    return {key: _concat(key, [part[key] for part in parts]) for key in parts[0]}
+    return {key: _concat(key, [part[key] for part in parts]) for key in parts[0]} if parts else {}
 
 
 def _concat(key: str, arrays: list[np.ndarray]) -> np.ndarray:

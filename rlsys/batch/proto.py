@@ -175,7 +175,7 @@ class DataProto:
             raise BatchError("num_batch_dims must be greater than zero")
         if non_tensors is not None and num_batch_dims != 1:
             raise BatchError("only num_batch_dims=1 goes together with non_tensors")
-        batch = _tensor_dict(tensors, num_batch_dims) if tensors else None
+        batch = rows.from_columns(tensors, num_batch_dims) if tensors else None
         arrays = {
             key: value if isinstance(value, np.ndarray) else object_array(value)
             for key, value in (non_tensors or {}).items()
@@ -402,7 +402,8 @@ class DataProto:
 
     @staticmethod
     def concat(data: Sequence[DataProto]) -> DataProto:
-        """Rows of all batches one after the other; the class is the first one's.
+        """Rows of all batches one after the other; the class is the first one's. A batch without any columns, such as an
+        idle rank's, adds no rows.
 
         meta_info is merged. Under ``metrics`` each batch may have a dict or a list of dicts, one a worker; the result
         has one dict of lists, in the order of the batches.
@@ -412,12 +413,13 @@ class DataProto:
         """
         if not data:
             return DataProto()
-        batches = [part.batch for part in data]
-        if any(batch is None for batch in batches) and any(batch is not None for batch in batches):
+        facts = merge_meta_info([part.meta_info for part in data])
+        parts = [part for part in data if part.batch is not None or part.non_tensor_batch]
+        batches = [part.batch for part in parts if part.batch is not None]
+        if 0 < len(batches) < len(parts):
             raise BatchError("some of the batches have tensor columns and some have none")
-        batch = None if batches[0] is None else rows.concat(batches)
-        arrays = concat_arrays([part.non_tensor_batch for part in data])
-        return type(data[0])(batch, arrays, merge_meta_info([part.meta_info for part in data]))
+        arrays = concat_arrays([part.non_tensor_batch for part in parts])
+        return type(data[0])(rows.concat(batches) if batches else None, arrays, facts)
 
     def reorder(self, indices: RowIndex) -> None:
         """Puts the rows into this order, in place."""
@@ -575,17 +577,6 @@ def collate_fn(x: Sequence[DataProtoItem]) -> DataProto:
             batch.set(name, jagged.from_rows([single[name] for single in singles]))
     arrays = {key: object_array([item.non_tensor_batch[key] for item in x]) for key in x[0].non_tensor_batch}
     return DataProto(batch=batch, non_tensor_batch=arrays)
-
-
-def _tensor_dict(tensors: Mapping[str, Tensor], num_batch_dims: int) -> TensorDict:
-    first, size = None, None
-    for key, tensor in tensors.items():
-        shape = torch.Size([tensor.size(0)]) if tensor.is_nested else tensor.shape[:num_batch_dims]
-        if size is None:
-            first, size = key, shape
-        elif shape != size:
-            raise BatchError(f"columns have different rows: '{first}' has {tuple(size)}, '{key}' has {tuple(shape)}")
-    return TensorDict(dict(tensors), batch_size=size)
 
 
 def _some(values: dict[str, Any], keys: Sequence[str] | None) -> dict[str, Any]:

@@ -25,6 +25,22 @@ def nested_columns(batch: TensorDict) -> Columns:
     return {key: column for key, column in batch.items() if isinstance(column, Tensor) and column.is_nested}
 
 
+def from_columns(tensors: Mapping[str, Tensor], num_batch_dims: int) -> TensorDict:
+    """The columns together, with their first dimensions as batch dimensions.
+
+    Raises:
+        BatchError: these differ.
+    """
+    first, size = None, None
+    for key, tensor in tensors.items():
+        shape = torch.Size([tensor.size(0)]) if tensor.is_nested else tensor.shape[:num_batch_dims]
+        if size is None:
+            first, size = key, shape
+        elif shape != size:
+            raise BatchError(f"columns have different rows: '{first}' has {tuple(size)}, '{key}' has {tuple(shape)}")
+    return TensorDict(dict(tensors), batch_size=size)
+
+
 def refuse_nested(batch: TensorDict, what: str) -> None:
     """Raises:
     BatchError: there is a nested column.

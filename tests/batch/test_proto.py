@@ -199,7 +199,11 @@ def test_a_batch_without_rows_goes_through_everything() -> None:
     assert empty.split(4) == []
     assert rows_of(DataProto.concat([empty, make([2]), empty])) == rows_of(make([2]))
     assert pad_dataproto_to_divisor(empty, 4) == (empty, 0)
-    assert len(DataProto()) == len(DataProto.concat([])) == 0
+    assert len(DataProto()) == len(DataProto.concat([])) == len(DataProto.concat([DataProto(), DataProto()])) == 0
+    idle = DataProto(meta_info={"rank": 1})
+    joined = DataProto.concat([idle, make([2]), idle])
+    assert rows_of(joined) == rows_of(make([2]))
+    assert joined.meta_info == {"rank": 1, "step": 1}
 
 
 def test_object_cells_may_be_lists_and_dicts() -> None:
