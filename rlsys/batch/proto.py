@@ -402,8 +402,9 @@ class DataProto:
 
     @staticmethod
     def concat(data: Sequence[DataProto]) -> DataProto:
-        """Rows of all batches one after the other; the class is the first one's. A batch without any columns, such as an
-        idle rank's, adds no rows.
+        """Rows of all batches one after the other; the class is the first one's.
+
+        A batch without any columns, such as an idle rank's, adds no rows.
 
         meta_info is merged. Under ``metrics`` each batch may have a dict or a list of dicts, one a worker; the result
         has one dict of lists, in the order of the batches.
