@@ -41,18 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         nonlocal status
         try:
             config = build(to_plain(composed))
-            refuse_ignored(config, overridden_keys(HydraConfig.get().overrides.task))
+            overrides = list(HydraConfig.get().overrides.task)
+            refuse_ignored(config, overridden_keys(overrides))
             from rlsys.controller.run import run_job  # torch and Ray only once the configuration is known to be good
 
-            status = run_job(config)
+            status = run_job(config, overrides)
         except UserError as error:  # caught here, because Hydra prints a line of its own about whatever passes it
             show_error(error)
             status = EXIT_BAD_INPUT
 
     register_schemas()
-    # Warnings of libraries about themselves, at import and start; they tell a user nothing about the run.
-    for chatty in ("torch.fx._symbolic_trace", "ray"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    # A warning of torch about itself at import, which tells a user nothing about the run.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them and leaving
     arguments, sys.argv = sys.argv, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
     try:

@@ -37,6 +37,7 @@ def connect(config: ClusterConfig) -> Iterator[Session]:
         UserError: no cluster at ``cluster.address``.
     """
     local = config.address is None
+    logging.getLogger("ray").setLevel(logging.ERROR)  # importing ray has set it lower
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_gcs_rpc_server_connect_timeout_s", str(_CONNECT_S))
     try:

@@ -75,7 +75,7 @@ class ArithmeticData(_Data):
     """
 
     kind: Literal["arithmetic"]
-    digits: Annotated[int, Field(ge=1, le=4, strict=True)] = 2
+    digits: Annotated[int, Field(ge=1, le=3, strict=True)] = 2
     operations: list[Literal["+", "-"]] = field(default_factory=lambda: ["+"])
     held_out: Positive = 1000
     split_seed: Integer = 0
@@ -388,4 +388,4 @@ class RunConfig:
     tracker: TrackerConfig = TrackerConfig()
     run_root: str = "runs"
     resume: str | None = None
-    seed: Integer = 0
+    seed: NonNegative = 0

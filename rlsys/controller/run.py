@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -40,8 +41,11 @@ FINISHED, FAILED, INTERRUPTED = 0, 1, 130
 _EXPECTED = (DeadlineExceeded, ActorFailed, SyncError, RewardBudgetExceeded, UserError)
 
 
-def run_job(config: RunConfig) -> int:
+def run_job(config: RunConfig, overrides: Sequence[str] = ()) -> int:
     """Trains as ``config`` says.
+
+    Args:
+        overrides: the command line that composed it, for the commands that the user is offered at the end.
 
     Returns:
         0: finished; 1: failed; 130: stopped by Ctrl-C or SIGTERM with its checkpoint written.
@@ -74,13 +78,15 @@ def run_job(config: RunConfig) -> int:
         stack.callback(display.close)
         folder.log_event("resume" if origin else "start", f"at step {first} of {config.steps}")
         trackers.start(mask(asdict(config)), folder.path)
-        return _supervise(config, inputs, origin, observers, stop)
+        status, reason = _supervise(config, inputs, origin, observers, stop)
+        _finish(config, observers, status, reason, overrides)
+        return status
 
 
 def _supervise(
     config: RunConfig, inputs: Inputs, origin: Origin | None, observers: Observers, stop: StopFlag
-) -> int:
-    """Runs the job inside its cluster, and turns how it ended into an exit code and a summary."""
+) -> tuple[int, str]:
+    """Runs the job inside its cluster. Returns how it ended, as exit code and words."""
     status, reason = FINISHED, ""
     try:
         resumed = origin.state.step if origin else None
@@ -107,8 +113,7 @@ def _supervise(
         status, reason = INTERRUPTED, "stopped on request, before the first step"
     except (DeadlineExceeded, ActorFailed) as error:
         status, reason = FAILED, str(error)
-    _finish(config, observers, status, reason)
-    return status
+    return status, reason
 
 
 def _last_checkpoint(job: Job) -> None:
@@ -226,7 +231,9 @@ def _signals() -> Iterator[StopFlag]:
             signal.signal(number, handler)
 
 
-def _finish(config: RunConfig, observers: Observers, status: int, reason: str) -> None:
+def _finish(
+    config: RunConfig, observers: Observers, status: int, reason: str, overrides: Sequence[str]
+) -> None:
     """Summary, picture and last words; none of them can change how the run ended."""
     word = {FINISHED: "finished", FAILED: "failed", INTERRUPTED: "interrupted"}[status]
     folder = observers.folder
@@ -243,16 +250,17 @@ def _finish(config: RunConfig, observers: Observers, status: int, reason: str) -
     picture = plot_run(folder.path) if folder.metrics.exists() else None
     if reason:
         observers.display.note(reason, alert=status == FAILED)
-    observers.display.finish(summary, plot=picture, next_command=_next_command(config, status))
+    observers.display.finish(summary, plot=picture, next_command=_next_command(status, overrides))
 
 
-def _next_command(config: RunConfig, status: int) -> str:
+def _next_command(status: int, overrides: Sequence[str]) -> str:
     """What a user would type next: the same recipe on a real model and GPU, or the way to go on."""
-    base = f"python -m rlsys.launch +recipe={config.name}"
     if status != FINISHED:
-        return f"{base} resume=auto"
+        kept = [override for override in overrides if not override.startswith("resume=")]
+        return shlex.join(["python", "-m", "rlsys.launch", *kept, "resume=auto"])
+    recipe = next((override for override in overrides if override.startswith("+recipe=")), "+recipe=grpo_qwen")
     return (
-        f"{base} model=hub model.path=Qwen/Qwen3-0.6B data=gsm8k data.path=openai/gsm8k "
+        f"python -m rlsys.launch {recipe} model=hub model.path=Qwen/Qwen3-0.6B data=gsm8k data.path=openai/gsm8k "
         "trainer.lr=1e-6 rollout.dtype=bfloat16 steps=200"
     )
 

@@ -54,7 +54,7 @@ def test_a_command_line_wins_over_the_recipe() -> None:
         ("steps", 1.5, "steps", "valid integer"),
         ("checkpoint.keep_best", 1, "checkpoint.keep_best", "valid boolean"),
         ("data.kind", "gsm9k", "data", "gsm9k"),
-        ("data.digits", 9, "data.digits", "less than or equal to 4"),
+        ("data.digits", 9, "data.digits", "less than or equal to 3"),
         ("trainer.backend", "megatron", "trainer.backend", "fsdp"),
         ("reward.parts", {}, "reward.parts", "no parts"),
         ("trainer.micro_batch_tokens", 10, "trainer.micro_batch_tokens", "smaller than one sample"),
