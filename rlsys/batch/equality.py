@@ -79,13 +79,12 @@ def union_tensor_dict(tensor_dict1: TensorDict, tensor_dict2: TensorDict) -> Ten
     """
     if tensor_dict1.batch_size != tensor_dict2.batch_size:
         raise BatchError(
-            "Two tensor dict must have identical batch size. "
-            f"Got {tensor_dict1.batch_size} and {tensor_dict2.batch_size}"
+            f"columns of batch size {tuple(tensor_dict2.batch_size)} do not go with {tuple(tensor_dict1.batch_size)}"
         )
     known = set(tensor_dict1.keys())
     for key, column in tensor_dict2.items():
         if key in known and not columns_equal(tensor_dict1[key], column):
-            raise BatchError(f"{key} in tensor_dict1 and tensor_dict2 are not the same object")
+            raise BatchError(f"column '{key}' is in both batches and not the same")
     for key, column in tensor_dict2.items():
         if key not in known:
             tensor_dict1.set(key, column)
@@ -115,7 +114,7 @@ def union_meta_info(left: dict[str, Any], right: dict[str, Any]) -> dict[str, An
     """
     for key in left.keys() & right.keys():
         if not deep_equal(left[key], right[key]):
-            raise BatchError(f"{key} in meta_dict1 and meta_dict2 are not the same object")
+            raise BatchError(f"'{key}' is in the meta_info of both batches and not the same")
     left.update(right)
     return left
 

@@ -127,7 +127,7 @@ class DataProto:
         """Writes to the standard output how large the columns are."""
         arrays = sum(array.nbytes for array in self.non_tensor_batch.values())
         sizes = ((self.nbytes - arrays) / 1024**3, arrays / 1024**3)
-        message = f"Size of tensordict: {sizes[0]} GB, size of non_tensor_batch: {sizes[1]} GB"
+        message = f"tensor columns: {sizes[0]:.6f} GiB, arrays: {sizes[1]:.6f} GiB"
         sys.stdout.write(f"{prefix}, {message}\n" if prefix else f"{message}\n")
 
     def get_data_info(self) -> str:
@@ -172,7 +172,7 @@ class DataProto:
             BatchError: columns have different numbers of rows.
         """
         if num_batch_dims < 1:
-            raise BatchError("num_batch_dims must be greater than zero")
+            raise BatchError(f"num_batch_dims={num_batch_dims}: a batch has at least one")
         if non_tensors is not None and num_batch_dims != 1:
             raise BatchError("only num_batch_dims=1 goes together with non_tensors")
         batch = rows.from_columns(tensors, num_batch_dims) if tensors else None
@@ -319,7 +319,7 @@ class DataProto:
         """
         old, new = _names(old_keys), _names(new_keys)
         if len(old) != len(new):
-            raise ValueError(f"new_keys and old_keys must have the same length, but got {len(new)} and {len(old)}")
+            raise ValueError(f"{len(old)} columns cannot have {len(new)} new names")
         batch: Any = {} if self.batch is None else self.batch
         if missing := set(old) - set(batch.keys()):
             raise KeyError(f"there is no column '{min(missing)}'")
@@ -336,7 +336,7 @@ class DataProto:
         """
         has_rows = [data for data in (self, other) if data.batch is not None or data.non_tensor_batch]
         if len(has_rows) == 2 and len(self) != len(other):
-            raise BatchError(f"a batch of {len(self)} rows and one of {len(other)} must have identical batch size")
+            raise BatchError(f"a batch of {len(self)} rows cannot take columns of {len(other)} rows")
         arrays = union_numpy_dict(dict(self.non_tensor_batch), other.non_tensor_batch)
         facts = union_meta_info(dict(self.meta_info), other.meta_info)
         if self.batch is None:
@@ -360,7 +360,7 @@ class DataProto:
         if isinstance(item, RowIndex):
             return self.select_idxs(item)
         if not isinstance(item, int | np.integer):
-            raise TypeError(f"Indexing with {type(item)} is not supported")
+            raise TypeError(f"rows cannot be chosen by a {type(item).__name__}")
         if self.batch is None and not self.non_tensor_batch:
             raise IndexError(f"row {item} of 0")
         names = frozenset() if self.batch is None else frozenset(rows.nested_columns(self.batch))
@@ -388,7 +388,7 @@ class DataProto:
             BatchError: the rows do not divide equally.
         """
         if not self.is_padding_enabled() and len(self) % chunks:
-            raise BatchError(f"only support equal chunk. Got size of DataProto {len(self)} and chunk {chunks}.")
+            raise BatchError(f"{len(self)} rows do not divide into {chunks} equal chunks")
         if self.batch is None:  # as np.array_split: sizes differ by one at most
             sizes = [(len(self) + index) // chunks for index in range(chunks)][::-1]
         else:
@@ -520,7 +520,7 @@ def pad_dataproto_to_divisor(data: DataProto, size_divisor: int) -> tuple[DataPr
         The padded batch (``data`` itself where nothing is missing), and how many rows were appended.
     """
     if not isinstance(data, DataProto):
-        raise BatchError("data must be a DataProto")
+        raise BatchError(f"a DataProto is padded, not a {type(data).__name__}")
     missing = -len(data) % size_divisor
     if not len(data):
         _LOG.warning("a DataProto without rows cannot be padded")
@@ -588,7 +588,7 @@ def _names(keys: str | list[str] | None) -> list[str]:
     if isinstance(keys, str):
         return [keys]
     if not isinstance(keys, list):
-        raise TypeError(f"keys must be a list or a string, but got {type(keys)}")
+        raise TypeError(f"columns are named by a string or a list of strings, not by a {type(keys).__name__}")
     return keys
 
 
