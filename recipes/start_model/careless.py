@@ -1,8 +1,8 @@
-"""Careless solvers of additions: right often enough that reinforcement has something to reward, wrong often enough that it
-has something to do.
+"""Careless solvers of additions: right often enough that reinforcement has something to reward, wrong often enough
+that it has something to do.
 
-Each answer is drawn on its own, so that no mistake is a function of the problem: on every problem the right answer keeps a
-good share of the probability, and a sampled model finds it within a few tries.
+Each answer is drawn on its own, so that no mistake is a function of the problem: on every problem the right answer
+keeps a good share of the probability, and a sampled model finds it within a few tries.
 """
 
 from __future__ import annotations

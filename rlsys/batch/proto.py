@@ -85,7 +85,7 @@ class DataProto:
         BatchError: columns have different numbers of rows, or an object column is no array.
     """
 
-    batch: TensorDict | None = None
+    batch: Any = None  # TensorDict | None; not said in the type, or every reader would have to exclude None first
     non_tensor_batch: dict[str, np.ndarray] = field(default_factory=dict)
     meta_info: dict[str, Any] = field(default_factory=dict)
 

@@ -56,7 +56,11 @@ def plan(config: RunConfig, *, gpus: int, cores: int) -> Plan:
             raise UserError(f"{key}={wanted}, but there are {gpus} GPUs", where=key, fix=f"set {key}={gpus} or less")
     threads = config.cluster.threads or max(1, cores // ranks)
     actors: list[ActorSpec] = []
-    for role, count in (("trainer", ranks), ("rollout", config.rollout.workers), ("reference", int(needs_reference(config)))):
+    for role, count in (
+        ("trainer", ranks),
+        ("rollout", config.rollout.workers),
+        ("reference", int(needs_reference(config))),
+    ):
         for index in range(count):
             per_actor = threads if role != "rollout" else config.cluster.threads or max(1, cores // count)
             env = {"OMP_NUM_THREADS": str(per_actor)}

@@ -28,5 +28,7 @@ def bundled_model(path: str, *, where: str = "model.path") -> str:
     known = sorted(p.name for p in root.iterdir() if (p / "config.json").exists()) if root.is_dir() else []
     name = path.removeprefix(BUNDLED)
     if name not in known:
-        raise UserError(f"no checkpoint called '{name}' ships with rlsys", where=where, fix=f"known: {', '.join(known)}")
+        raise UserError(
+            f"no checkpoint called '{name}' ships with rlsys", where=where, fix=f"known: {', '.join(known)}"
+        )
     return str(root / name)

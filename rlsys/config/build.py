@@ -19,7 +19,8 @@ from rlsys.config.schema import RunConfig
 # Names that users bring from other frameworks, and what they find here.
 _TRUNCATED = (
     "training samples from the policy's full distribution: a truncated or penalised distribution is not the one whose "
-    "log-probs the trainer computes, and the importance ratios would be biased. Leave it out; rollout.temperature is supported"
+    "log-probs the trainer computes, and the importance ratios would be biased. Leave it out; "
+    "rollout.temperature is supported"
 )
 _KNOWN_ELSEWHERE = {
     "rollout.top_p": _TRUNCATED,
@@ -41,7 +42,7 @@ def variants(annotation: Any) -> list[type]:
     if get_origin(annotation) is typing.Annotated:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, types.UnionType):
-        return [t for t in get_args(annotation) if dataclasses.is_dataclass(t)]
+        return [t for t in get_args(annotation) if isinstance(t, type) and dataclasses.is_dataclass(t)]
     return [annotation] if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else []
 
 
@@ -95,7 +96,7 @@ def _adapter() -> TypeAdapter[RunConfig]:
     if _ADAPTER is None:
         for cls in vars(schema).values():
             if dataclasses.is_dataclass(cls):
-                cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+                setattr(cls, "__pydantic_config__", ConfigDict(extra="forbid"))  # noqa: B010 - no declared attribute
         _ADAPTER = TypeAdapter(RunConfig)
     return _ADAPTER
 
@@ -145,7 +146,7 @@ def cross_check(config: RunConfig) -> None:
     Raises:
         UserError: at the first contradiction.
     """
-    data, rollout, trainer = config.data, config.rollout, config.trainer
+    data, trainer = config.data, config.trainer
     sample = data.max_prompt_tokens + data.max_response_tokens
     if trainer.micro_batch_tokens < sample:
         raise UserError(
@@ -167,7 +168,11 @@ def cross_check(config: RunConfig) -> None:
             fix="choose a divisor of data.prompts_per_step",
         )
     if not config.reward.parts:
-        raise UserError("the reward has no parts", where="reward.parts", fix="choose a reward group, such as reward=gsm8k")
+        raise UserError(
+            "the reward has no parts",
+            where="reward.parts",
+            fix="choose a reward group, such as reward=gsm8k",
+        )
     if config.eval.metric is not None and config.eval.metric not in config.reward.parts:
         raise UserError(
             f"there is no reward part '{config.eval.metric}'",
@@ -176,11 +181,15 @@ def cross_check(config: RunConfig) -> None:
         )
     if config.eval.samples and config.eval.pass_k > config.eval.samples:
         raise UserError(
-            f"pass@{config.eval.pass_k} needs at least {config.eval.pass_k} samples a problem, not {config.eval.samples}",
+            f"pass@{config.eval.pass_k} needs that many samples a problem, not {config.eval.samples}",
             where="eval.pass_k",
             fix=f"set eval.samples={config.eval.pass_k} or more",
         )
-    if config.algorithm.kl.coef and config.algorithm.kl.placement == "reward" and config.algorithm.kl.estimator == "k3+":
+    if (
+        config.algorithm.kl.coef
+        and config.algorithm.kl.placement == "reward"
+        and config.algorithm.kl.estimator == "k3+"
+    ):
         raise UserError(
             "k3+ differs from k3 in its gradient only, and a penalty on the reward has none",
             where="algorithm.kl.estimator",
@@ -200,7 +209,10 @@ def _never_clips(c: RunConfig) -> bool:
     return c.algorithm.loss == "ppo_clip" and c.trainer.updates_per_step == 1 and c.algorithm.old_logprobs == "trainer"
 
 
-_CLIPS = "with one optimiser step a batch the ratio is always 1 and nothing is clipped: set trainer.updates_per_step=2 or more"
+_CLIPS = (
+    "with one optimiser step a batch the ratio is always 1 and nothing is clipped: "
+    "set trainer.updates_per_step=2 or more"
+)
 
 # (key, when the chosen combination ignores it, what to do). A key stands for everything below it too.
 _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
@@ -214,7 +226,11 @@ _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
     ("eval.samples", _no_eval, "set eval.every to more than 0"),
     ("eval.problems", _no_eval, "set eval.every to more than 0"),
     ("eval.metric", _no_eval, "set eval.every to more than 0"),
-    ("checkpoint.keep_best", _no_eval, "without held-out evaluation no checkpoint is the best: set eval.every to more than 0"),
+    (
+        "checkpoint.keep_best",
+        _no_eval,
+        "without held-out evaluation no checkpoint is the best: set eval.every to more than 0",
+    ),
     ("tracker.project", lambda c: not c.tracker.use, "only a tracker has projects: tracker.use=[wandb]"),
     (
         "cluster.object_store_gib",

@@ -35,15 +35,15 @@ _OWN_GROUP = ("model", "data", "reward", "rollout", "trainer", "algorithm", "clu
 
 
 def register_schemas() -> None:
-    """Makes every dataclass's defaults available to the YAML files as ``_schema/…``, so that a value is written once."""
+    """Makes every dataclass's defaults available to the YAML files as ``_schema/…``: a value is written once."""
     store = ConfigStore.instance()
     for path, cls in _GROUPS.items():
-        group, _, tag = path.partition("/")
+        group, _, variant = path.partition("/")
         node = defaults(cls)
-        if tag:
-            node[_TAG[group]] = tag
-        parent, _, name = f"{group}/_schema/{path.partition('/')[0]}".rpartition("/") if not tag else (f"{group}/_schema/{group}", "", tag)
-        store.store(group=parent, name=name, node=node, package=group)
+        if variant:
+            node[_TAG[group]] = variant
+        folder = f"{group}/_schema/{group}" if variant else f"{group}/_schema"
+        store.store(group=folder, name=variant or group, node=node, package=group)
     run = {k: v for k, v in defaults(schema.RunConfig).items() if k not in _OWN_GROUP}
     store.store(group="_schema", name="run", node=run, package="_global_")
 
@@ -57,15 +57,21 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
     missing = sorted(OmegaConf.missing_keys(config))
     if "name" in missing:
         recipes = sorted(p.stem for p in (asset("configs") / "recipe").glob("*.yaml"))
-        raise UserError("no recipe was chosen", where="command line", fix=f"add +recipe=NAME; known: {', '.join(recipes)}")
+        raise UserError(
+            "no recipe was chosen", where="command line", fix=f"add +recipe=NAME; known: {', '.join(recipes)}"
+        )
     if missing:
         raise UserError(
-            f"{', '.join(missing)}: a value is required", where=missing[0], fix=f"add {' '.join(f'{k}=…' for k in missing)}"
+            f"{', '.join(missing)}: a value is required",
+            where=missing[0],
+            fix=f"add {' '.join(f'{k}=…' for k in missing)}",
         )
     try:
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"the configuration does not resolve: {str(error).splitlines()[0]}", where=str(error.full_key)) from None
+        raise UserError(
+            f"the configuration does not resolve: {str(error).splitlines()[0]}", where=str(error.full_key)
+        ) from None
     assert isinstance(plain, dict)
     return {str(k): v for k, v in plain.items()}
 

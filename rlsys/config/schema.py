@@ -352,8 +352,13 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackerConfig:
-    """use: any of ``tensorboard``, ``wandb``, or import paths; project: name for trackers that have one; rollouts: sampled
-    rollouts written as JSONL each step, whole groups; display: ``live``, ``plain`` lines, or ``auto`` (live on a terminal)."""
+    """Who is told about the run, besides its folder.
+
+    use: any of ``tensorboard``, ``wandb``, or import paths.
+    project: name for trackers that have projects.
+    rollouts: sampled rollouts written as JSONL each step, rounded up to whole groups.
+    display: ``live``, ``plain`` lines, or ``auto`` (live on a terminal).
+    """
 
     use: list[str] = field(default_factory=list)
     project: str = "rlsys"

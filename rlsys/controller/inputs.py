@@ -26,8 +26,8 @@ from rlsys.rewards.compose import build_parts
 
 @dataclass(frozen=True)
 class Inputs:
-    """config: with model.path resolved to a folder; held_out: None where there is no evaluation; max_length: longest prompt and
-    response together."""
+    """config: with model.path resolved to a folder; held_out: None where there is no evaluation; max_length: longest
+    prompt and response together."""
 
     config: RunConfig
     model_folder: Path
@@ -44,9 +44,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     Raises:
         UserError: model, tokenizer, data, reward, estimator, loss or environment cannot be used.
     """
-    check_estimator(
-        config.algorithm.advantage, config.algorithm.advantage_options, config.rollout.samples_per_prompt
-    )
+    check_estimator(config.algorithm.advantage, config.algorithm.advantage_options, config.rollout.samples_per_prompt)
     loss = POLICY_LOSSES.get(config.algorithm.loss, where="algorithm.loss")
     check_options(loss, config.algorithm.loss_options, where="algorithm.loss_options")
     ENVIRONMENTS.get(config.rollout.environment, where="rollout.environment")
@@ -96,7 +94,9 @@ def find_model(path: str) -> Path:
     if not folder.is_dir():
         folder = _download(path)
     if not (folder / "config.json").is_file():
-        raise UserError("the model folder has no config.json", where=str(folder), fix="give a Hugging Face model folder")
+        raise UserError(
+            "the model folder has no config.json", where=str(folder), fix="give a Hugging Face model folder"
+        )
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             "the model folder has no weights (*.safetensors; other formats hold pickles and are not read)",

@@ -109,7 +109,8 @@ class Job:
             self.config.deadlines,
             self.stop,
             record_rows=self._recorded_rows(),
-            # The torch sampler's samples depend on its batch in the last bits: one shard a worker makes runs repeatable.
+            # The torch sampler's samples depend on its batch in the last bits: one shard a worker makes runs
+            # repeatable.
             **({"shards_per_worker": 1} if self.config.rollout.engine == "torch" else {}),
         )
         self._seconds |= experience.seconds
@@ -151,7 +152,9 @@ class Job:
         rewards = experience.rewards.astype(np.float64)
         if reference_kl is not None:
             rewards = rewards - algorithm.kl.coef * reference_kl
-            self._metrics["policy/kl_ref"] = float(reference_kl.sum() / max(experience.rollout("sampled_tokens").sum(), 1))
+            self._metrics["policy/kl_ref"] = float(
+                reference_kl.sum() / max(experience.rollout("sampled_tokens").sum(), 1)
+            )
         if self.config.reward.permute:
             rewards = np.random.default_rng([self.config.seed, self.state.step]).permutation(rewards)
         advantages, metrics = estimate(
@@ -190,8 +193,8 @@ class Job:
     # --- between steps ---
 
     def evaluate_if_due(self) -> None:
-        """Held-out evaluation before the first step, every ``eval.every`` steps and after the last; also when an interrupted
-        run left one out."""
+        """Held-out evaluation before the first step, every ``eval.every`` steps and after the last; also when an
+        interrupted run left one out."""
         step, every = self.state.step, self.config.eval.every
         due = self.held_out is not None and every and (step % every == 0 or step == self.config.steps)
         if not due or self.held_out is None or self.state.extra.get("evaluated") == step:
@@ -200,9 +203,9 @@ class Job:
             metrics = evaluate(self.config, self.held_out, self.groups.rollout, self.groups.reward, self.stop)
         accuracy = metrics["eval/accuracy"]
         best = self.state.best_metric
-        better = {} if best is not None and accuracy <= best else {"best_metric": accuracy, "best_step": step}
-        extra = self.state.extra | {"evaluated": step, "accuracy": accuracy}
-        self.state = replace(self.state, extra=extra, **better)
+        if best is None or accuracy > best:
+            self.state = replace(self.state, best_metric=accuracy, best_step=step)
+        self.state = replace(self.state, extra=self.state.extra | {"evaluated": step, "accuracy": accuracy})
         if self._began:
             self._metrics |= metrics
         else:  # before the first step of this process: a line of its own
@@ -296,6 +299,6 @@ def reward_kl(config: RunConfig) -> bool:
 
 
 def needs_old_logprobs(config: RunConfig) -> bool:
-    """Whether π_old takes a forward pass of its own. With one optimiser step a batch the update computes it on the way; with
-    ``old_logprobs=sampler`` the sampler has."""
+    """Whether π_old takes a forward pass of its own. With one optimiser step a batch the update computes it on the
+    way; with ``old_logprobs=sampler`` the sampler has."""
     return reward_kl(config) or (config.trainer.updates_per_step > 1 and config.algorithm.old_logprobs == "trainer")

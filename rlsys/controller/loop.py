@@ -6,7 +6,7 @@ from rlsys.controller.job import Job
 
 
 def train(job: Job) -> None:
-    """prompts → rollout → reward → old and reference log-probs → advantage → objective (backward, step) → weights → rollout.
+    """prompts → rollout → reward → old and reference log-probs → advantage → objective → weights → rollout.
 
     Raises:
         StopRequested: between two stages; the job can then be checkpointed at its last whole step.

@@ -48,8 +48,8 @@ _MEASURED_ON_THE_WAY = {
 
 
 def combine_updates(updates: list[dict[str, float]]) -> dict[str, float]:
-    """A step's metrics from those of its optimiser steps: counts add up, maxima stay, sampler against trainer is that of the
-    first (in later ones the trainer has moved on), everything else is averaged."""
+    """A step's metrics from those of its optimiser steps: counts add up, maxima stay, sampler against trainer is that
+    of the first (in later ones the trainer has moved on), everything else is averaged."""
     result: dict[str, float] = {}
     for name in updates[0]:
         values = [update[name] for update in updates]

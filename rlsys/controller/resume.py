@@ -18,7 +18,17 @@ from rlsys.tracking.run import RunFolder, resolve_resume
 from rlsys.tracking.secrets import mask
 
 # What may differ from the run that is resumed: it does not change what the remaining steps compute.
-_FREE = ("resume", "steps", "run_root", "tracker", "deadlines", "cluster", "checkpoint", "reward.workers", "reward.timeout_s")
+_FREE = (
+    "resume",
+    "steps",
+    "run_root",
+    "tracker",
+    "deadlines",
+    "cluster",
+    "checkpoint",
+    "reward.workers",
+    "reward.timeout_s",
+)
 
 
 @dataclass(frozen=True)
@@ -52,8 +62,8 @@ def find_origin(config: RunConfig) -> Origin | None:
 
 
 def _lineage(run: RunFolder, store: CheckpointStore, checkpoint: Checkpoint) -> int:
-    """The checkpoint's lineage, or a new one where the run had gone past it: weights of its later steps may have been used, and
-    must not be taken for those that are now computed."""
+    """The checkpoint's lineage, or a new one where the run had gone past it: weights of its later steps may have been
+    used, and must not be taken for those that are now computed."""
     newest = store.best()
     highest = max(checkpoint.version.lineage, newest.version.lineage if newest else 0)
     history = read_metrics(run.metrics) if run.metrics.exists() else []

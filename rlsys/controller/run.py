@@ -231,9 +231,7 @@ def _signals() -> Iterator[StopFlag]:
             signal.signal(number, handler)
 
 
-def _finish(
-    config: RunConfig, observers: Observers, status: int, reason: str, overrides: Sequence[str]
-) -> None:
+def _finish(config: RunConfig, observers: Observers, status: int, reason: str, overrides: Sequence[str]) -> None:
     """Summary, picture and last words; none of them can change how the run ended."""
     word = {FINISHED: "finished", FAILED: "failed", INTERRUPTED: "interrupted"}[status]
     folder = observers.folder

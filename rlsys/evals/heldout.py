@@ -1,4 +1,5 @@
-"""Held-out evaluation: greedy accuracy, and sampled avg@n and pass@k, through the same samplers and rewards as training."""
+"""Held-out evaluation: greedy accuracy, and sampled avg@n and pass@k, through the same samplers and rewards as
+training."""
 
 from __future__ import annotations
 
@@ -19,9 +20,7 @@ def evaluate(
     config: RunConfig, problems: DataProto, rollout: RolloutGroup, reward: RewardGroup, stop: StopFlag
 ) -> dict[str, float]:
     """``eval/…`` metrics of the samplers' present weights on the held-out problems."""
-    greedy = SampleRequest(
-        samples=1, temperature=0.0, max_tokens=config.data.max_response_tokens, run_seed=config.seed
-    )
+    greedy = SampleRequest(samples=1, temperature=0.0, max_tokens=config.data.max_response_tokens, run_seed=config.seed)
 
     def sample(request: SampleRequest) -> Experience:
         return collect(problems, request, rollout, reward, None, config.deadlines, stop, shards_per_worker=1)

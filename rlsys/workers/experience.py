@@ -106,9 +106,7 @@ def collect(
         index = order[call.ref]
         sampled[index] = summary
         wanted = int(np.clip(record_rows - rows_before[index], 0, len(summary)))
-        rewards, scored = reward.score(
-            call.payload, record_rows=wanted, step_rows=int(rows_before[-1]), payload=index
-        )
+        rewards, scored = reward.score(call.payload, record_rows=wanted, step_rows=int(rows_before[-1]), payload=index)
         scoring.append(scored)
         columns[index] = (call.payload, rewards)
         if reference is not None:

@@ -44,7 +44,10 @@ class _Group:
         specs = placement.plan.of(self.role)
         remote = ray.remote(self.worker)
         self._actors = [
-            _Actor(spec, remote.options(**placement.options(spec), **extra_options).remote(*self._arguments(spec, len(specs))))
+            _Actor(
+                spec,
+                remote.options(**placement.options(spec), **extra_options).remote(*self._arguments(spec, len(specs))),
+            )
             for spec in specs
         ]
 
@@ -55,9 +58,7 @@ class _Group:
         return ()
 
     def _gather(self, calls: list[Call], phase: str, *, stop: bool = True) -> list[Any]:
-        return gather(
-            calls, phase=phase, seconds=getattr(self._deadlines, phase), stop=self._stop if stop else None
-        )
+        return gather(calls, phase=phase, seconds=getattr(self._deadlines, phase), stop=self._stop if stop else None)
 
     def close(self) -> None:
         """Asks every actor to end its own processes, then ends the actor; one that does not answer is killed."""
@@ -108,7 +109,9 @@ class RolloutGroup(_Group):
         Raises:
             SyncError: a sampler's checksum is not the sender's.
         """
-        calls = [a.call("update_weights", buckets, version, what=f"weights of step {version.step}") for a in self._actors]
+        calls = [
+            a.call("update_weights", buckets, version, what=f"weights of step {version.step}") for a in self._actors
+        ]
         for sampler in self._gather(calls, "sync"):
             check_sync(
                 sender_before=self._sender_checksum,
@@ -168,8 +171,8 @@ class TrainerGroup(_Group):
     def starting(
         self, model: ModelConfig, trainer: TrainerConfig, *, temperature: float, total_steps: int, seed: int
     ) -> list[Call]:
-        """Ranks meet and load. temperature: of the sampler (1 for supervised training); total_steps: optimiser steps that the
-        schedule spans."""
+        """Ranks meet and load. temperature: of the sampler (1 for supervised training); total_steps: optimiser steps
+        that the schedule spans."""
         address = self._gather([self._actors[0].call("address", what="its address")], "start")[0]
         return [
             a.call(

@@ -118,7 +118,8 @@ class TrainerWorker:
         """Accumulates the objective's gradient over one update's rows of all ranks.
 
         Args:
-            columns: per-sample values [rows] to join first, each spread over its sample's sampled tokens (``advantages``).
+            columns: per-sample values [rows] to join first, each spread over its sample's sampled tokens
+            (``advantages``).
         """
         batch = self._updates[update]
         if not len(batch):
@@ -166,10 +167,10 @@ class TrainerWorker:
 def _assemble(slices: list[Slice], shards: dict[ray.ObjectRef, Any]) -> DataProto:
     parts = []
     for piece in slices:
-        joined = shards[piece.columns[0]].select(batch_keys=None)
+        rows = shards[piece.columns[0]].select_idxs(piece.rows)  # a copy: what came from the store is shared
         for ref in piece.columns[1:]:
-            joined = joined.union(shards[ref])
-        parts.append(joined.select_idxs(piece.rows))
+            rows = rows.union(shards[ref].select_idxs(piece.rows))
+        parts.append(rows)
     if not parts:  # a rank without rows still takes part in every collective
         return DataProto()
     return DataProto.concat(parts) if len(parts) > 1 else parts[0]

@@ -39,7 +39,7 @@ def test_cores_are_divided_over_the_trainer_ranks() -> None:
 @given(gpus=st.integers(1, 16), samplers=st.integers(1, 16))
 def test_no_gpu_is_booked_twice_over(gpus: int, samplers: int) -> None:
     if samplers > gpus:
-        with pytest.raises(UserError, match="rollout.workers"):
+        with pytest.raises(UserError, match=r"rollout\.workers"):
             plan(config(samplers=samplers), gpus=gpus, cores=32)
         return
     layout = plan(config(samplers=samplers, kl=0.1), gpus=gpus, cores=32)

@@ -73,7 +73,6 @@ class VllmEngine:
             engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         end_ids = end_token_ids(model_path, AutoTokenizer.from_pretrained(model_path))
         started = cls(engine, max_length=max_length, end_ids=end_ids)
-        await started._rpc("rlsys_end_with_parent")
         await engine.update_weight_version(str(started.version.packed()))
         return started
 

@@ -23,6 +23,27 @@ from rlsys.engines.sync.buckets import Bucket, Entry
 from rlsys.engines.sync.checksum import tensor_digest, weights_checksum
 
 
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, even if that was killed; vLLM's core would wait for ever.
+
+    Does nothing in a process that multiprocessing did not start.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="rlsys-end-with-parent", daemon=True).start()
+
+
+# At import, because vLLM resolves this module before it loads the model and calls nothing of it until it is ready: a
+# sender that is killed meanwhile would leave the core behind.
+_end_with_parent()
+
+
 class WeightReceiver:
     """Mixed into vLLM's worker (``worker_extension_cls``); its methods are called by name through ``collective_rpc``.
 
@@ -33,18 +54,6 @@ class WeightReceiver:
     vllm_config: Any
     model_config: Any
     model_runner: Any
-
-    def rlsys_end_with_parent(self) -> None:
-        """Ends this process when the one that started it is gone, even if that was killed."""
-        parent = multiprocessing.parent_process()
-        if parent is None:
-            raise RuntimeError("vLLM's engine core does not run in a process of its own")
-
-        def wait() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=wait, name="rlsys-end-with-parent", daemon=True).start()
 
     def rlsys_begin_update(self) -> None:
         with torch.no_grad(), set_current_vllm_config(self.vllm_config):
