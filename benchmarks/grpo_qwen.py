@@ -32,8 +32,8 @@ LIMITS = {"initial accuracy, each": 0.55, "final accuracy, mean": 0.95, "final a
 
 
 def run(root: Path, name: str, *overrides: str) -> dict[str, Any]:
-    """One run in a process of its own; its summary, with the folder, the seconds of the whole command, and the highest and
-    lowest held-out accuracy on the way."""
+    """One run in a process of its own: its summary and metrics, the seconds of the whole command, and the highest
+    held-out accuracy on the way."""
     began = time.monotonic()
     command = [sys.executable, "-m", "rlsys.launch", "+recipe=grpo_qwen", f"name={name}", f"run_root={root}"]
     subprocess.run([*command, "tracker.display=plain", *overrides], check=True)
@@ -77,8 +77,8 @@ evaluation lies {100 * rise:+.1f} points above its start.
 
 ![learning curves](grpo_qwen.png)
 
-Measured on {date.today().isoformat()} with `python -m benchmarks.grpo_qwen`: {os.cpu_count()} cores ({platform.machine()}),
-no GPU, Python {platform.python_version()}, torch {torch.__version__}, vLLM {vllm.__version__}, Ray {ray.__version__},
+Measured on {date.today().isoformat()} with `python -m benchmarks.grpo_qwen`: {os.cpu_count()} cores
+({platform.machine()}), no GPU, Python {platform.python_version()}, torch {torch.__version__}, vLLM {vllm.__version__}, Ray {ray.__version__},
 rlsys {rlsys.__version__}. Seconds are those of the whole command, start of Ray and vLLM included.
 """
 
