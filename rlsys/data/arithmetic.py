@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import random
+from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from rlsys.config.errors import UserError
 from rlsys.config.schema import ArithmeticData
@@ -20,7 +20,37 @@ class Problem(NamedTuple):
     b: int
 
 
-def split(digits: int, operations: list[str], held_out: int, split_seed: int) -> tuple[list[Problem], list[Problem]]:
+class Problems(Sequence[Problem]):
+    """Problems by their numbers, so that four-digit ones (10⁸ of an operation) take 4 bytes each.
+
+    Args:
+        numbers: of all problems, in the split's order: number i is the i-th of (operation, a, b), counted through.
+        places: which of them these are.
+    """
+
+    def __init__(self, numbers: array[int], places: range, digits: int, operations: Sequence[str]):
+        self._numbers, self._places = numbers, places
+        self._base, self._operations = 10**digits, operations
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Problem]: ...
+    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
+        if isinstance(index, slice):
+            return [self._problem(place) for place in self._places[index]]
+        return self._problem(self._places[index])
+
+    def _problem(self, place: int) -> Problem:
+        rest, b = divmod(self._numbers[place], self._base)
+        operation, a = divmod(rest, self._base)
+        return Problem(a, self._operations[operation], b)
+
+
+def split(digits: int, operations: Sequence[str], held_out: int, split_seed: int) -> tuple[Problems, Problems]:
     """All problems with operands of ``digits`` digits as (training, held out), in a seeded order.
 
     A pure function: whoever trains, the recipe of the bundled model included, keeps clear of the same problems.
@@ -28,16 +58,20 @@ def split(digits: int, operations: list[str], held_out: int, split_seed: int) ->
     Raises:
         UserError: more problems are to be held out than leave anything to train on.
     """
-    numbers = range(10**digits)
-    problems = [Problem(a, op, b) for op, a, b in itertools.product(sorted(set(operations)), numbers, numbers)]
-    if held_out >= len(problems):
+    kinds = sorted(set(operations))
+    count = len(kinds) * 100**digits
+    if held_out >= count:
         raise UserError(
-            f"{held_out} problems cannot be held out of {len(problems)}",
+            f"{held_out} problems cannot be held out of {count}",
             where="data.held_out",
             fix="hold out fewer, or raise data.digits",
         )
-    random.Random(f"arithmetic {split_seed}").shuffle(problems)
-    return problems[held_out:], problems[:held_out]
+    numbers = array("I", range(count))
+    random.Random(f"arithmetic {split_seed}").shuffle(numbers)
+    return (
+        Problems(numbers, range(held_out, count), digits, kinds),
+        Problems(numbers, range(held_out), digits, kinds),
+    )
 
 
 def prompt(problem: Problem, digits: int) -> str:

@@ -22,7 +22,7 @@ operations = st.lists(st.sampled_from(["+", "-"]), min_size=1, max_size=3)
 def test_a_split_has_every_problem_on_exactly_one_side(operations, held_out, seed):
     train, kept = split(1, operations, held_out, seed)
     assert len(kept) == held_out
-    assert sorted(train + kept) == sorted(
+    assert sorted([*train, *kept]) == sorted(
         Problem(a, op, b) for op in set(operations) for a in range(10) for b in range(10)
     )
 
@@ -30,14 +30,23 @@ def test_a_split_has_every_problem_on_exactly_one_side(operations, held_out, see
 @given(st.integers(0, 99), st.integers(0, 99), st.integers())
 def test_holding_out_more_keeps_what_was_held_out(fewer, more, seed):
     fewer, more = sorted((fewer, more))
-    assert split(1, ["+"], more, seed)[1][:fewer] == split(1, ["+"], fewer, seed)[1]
+    assert split(1, ["+"], more, seed)[1][:fewer] == list(split(1, ["+"], fewer, seed)[1])
 
 
 def test_the_split_is_the_same_everywhere_and_follows_its_seed():
     # The bundled model was trained on the complement of these: they must never move.
     held_out = split(2, ["+"], 1000, 0)[1]
     assert [prompt(problem, 2) for problem in held_out[:5]] == ["80+05=", "74+62=", "05+00=", "53+31=", "81+62="]
-    assert split(2, ["+"], 1000, 1)[1] != held_out
+    assert list(split(2, ["+"], 1000, 1)[1]) != list(held_out)
+
+
+def test_a_problem_is_read_from_its_number_as_from_any_sequence():
+    train, _ = split(2, ["-", "+"], 100, 3)
+    assert train[-1] == train[len(train) - 1] == list(train)[-1]
+    assert train[5:9] == [train[i] for i in range(5, 9)]
+    assert {problem.operation for problem in train} == {"+", "-"}
+    with pytest.raises(IndexError):
+        train[len(train)]
 
 
 @given(st.integers(1, 4), st.data())
