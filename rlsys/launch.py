@@ -20,7 +20,7 @@ from rlsys.config.build import build, refuse_ignored
 from rlsys.config.compose import explain, overridden_keys, register_schemas, to_plain
 from rlsys.config.errors import UserError
 
-EXIT_BAD_INPUT = 2
+EXIT_BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def show_error(error: UserError) -> None:
@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         show_error(explain(error))
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:  # a second Ctrl-C, which does not wait for the last checkpoint
+        return INTERRUPTED
     finally:
         sys.argv = arguments
     return status

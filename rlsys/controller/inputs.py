@@ -24,6 +24,9 @@ from rlsys.environments.base import ENVIRONMENTS
 from rlsys.rewards.compose import build_parts
 
 
+_CHECKED_PROMPTS = 20_000  # encoded before the run, so that one that is too long is found now; seconds
+
+
 @dataclass(frozen=True)
 class Inputs:
     """config: with model.path resolved to a folder; held_out: None where there is no evaluation; max_length: longest
@@ -65,6 +68,8 @@ def check_inputs(config: RunConfig) -> Inputs:
         max_prompt_tokens=config.data.max_prompt_tokens,
         long_prompts=config.data.long_prompts,
     )
+    if config.data.long_prompts == "error":
+        encoder.encode_many(dataset.train[:_CHECKED_PROMPTS])
     stream = PromptStream(
         dataset.train,
         encoder,

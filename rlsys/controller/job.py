@@ -130,13 +130,13 @@ class Job:
         """π_old of the step's samples, unless the first update computes it on the way.
 
         Returns:
-            [B] Σ over tokens of (log π_old − log π_ref), where the reward is to be penalised with it.
+            [B] Σ over tokens of the KL to the reference, where the reward is to be penalised with it.
         """
         if not needs_old_logprobs(self.config):
             return None
         with self._phase("old_logprobs"):
             penalise = reward_kl(self.config)
-            ranks = self.groups.trainer.forward(reference_kl=penalise)
+            ranks = self.groups.trainer.forward(reference_kl=self.config.algorithm.kl.estimator if penalise else None)
             self._metrics |= mismatch_metrics([part for rank in ranks for part in rank.mismatch])
             if not penalise:
                 return None

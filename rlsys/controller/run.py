@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,8 @@ from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
 from rlsys.cluster.placement import needs_reference, plan
 from rlsys.cluster.session import Placement, Session, connect
+from rlsys.config.build import refuse_ignored_on
+from rlsys.config.compose import overridden_keys
 from rlsys.config.errors import UserError
 from rlsys.config.schema import RunConfig
 from rlsys.controller.inputs import Inputs, check_inputs
@@ -35,7 +38,7 @@ from rlsys.tracking.trackers import TrackerSet
 from rlsys.workers.groups import ReferenceGroup, RewardGroup, RolloutGroup, TrainerGroup
 from rlsys.workers.waits import ActorFailed, Call, DeadlineExceeded, StopFlag, StopRequested, gather
 
-FINISHED, FAILED, INTERRUPTED = 0, 1, 130
+FINISHED, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 # What ends a run without being a bug: said in words, after a checkpoint where one can still be written.
 _EXPECTED = (DeadlineExceeded, ActorFailed, SyncError, RewardBudgetExceeded, UserError)
@@ -48,13 +51,12 @@ def run_job(config: RunConfig, overrides: Sequence[str] = ()) -> int:
         overrides: the command line that composed it, for the commands that the user is offered at the end.
 
     Returns:
-        0: finished; 1: failed; 130: stopped by Ctrl-C or SIGTERM with its checkpoint written.
+        0: finished; 1: failed; 2: failed on bad input; 130: stopped by Ctrl-C or SIGTERM, its checkpoint written.
 
     Raises:
         UserError: bad input, found before training began.
     """
     inputs = check_inputs(config)
-    config = inputs.config
     origin = find_origin(config)
     if origin is not None and origin.state.step >= config.steps:
         raise UserError(
@@ -63,6 +65,18 @@ def run_job(config: RunConfig, overrides: Sequence[str] = ()) -> int:
             fix=f"set steps to more than {origin.state.step} to train on, or leave resume out for a new run",
         )
     folder = origin.folder if origin else RunFolder.create(Path(config.run_root), config.name, config)
+    try:
+        return _run_in(folder, config, inputs, origin, overrides)
+    except UserError:
+        if origin is None and not folder.metrics.exists():  # refused before it began: nothing is left behind
+            shutil.rmtree(folder.path)
+        raise
+
+
+def _run_in(
+    folder: RunFolder, config: RunConfig, inputs: Inputs, origin: Origin | None, overrides: Sequence[str]
+) -> int:
+    """The run in its folder, observed. Returns the exit code."""
     first = origin.state.step if origin else 0
     display = make_display(config.tracker.display, title=f"rlsys · {config.name}", steps=config.steps, first_step=first)
     with ExitStack() as stack:
@@ -78,22 +92,31 @@ def run_job(config: RunConfig, overrides: Sequence[str] = ()) -> int:
         stack.callback(display.close)
         folder.log_event("resume" if origin else "start", f"at step {first} of {config.steps}")
         trackers.start(mask(asdict(config)), folder.path)
-        status, reason = _supervise(config, inputs, origin, observers, stop)
+        status, reason = _supervise(config, inputs, origin, observers, stop, overrides)
         _finish(config, observers, status, reason, overrides)
         return status
 
 
 def _supervise(
-    config: RunConfig, inputs: Inputs, origin: Origin | None, observers: Observers, stop: StopFlag
+    config: RunConfig,
+    inputs: Inputs,
+    origin: Origin | None,
+    observers: Observers,
+    stop: StopFlag,
+    overrides: Sequence[str],
 ) -> tuple[int, str]:
-    """Runs the job inside its cluster. Returns how it ended, as exit code and words."""
+    """Runs the job inside its cluster. Returns how it ended, as exit code and words.
+
+    Raises:
+        UserError: the cluster is not there, too small, or would ignore an override.
+    """
     status, reason = FINISHED, ""
     try:
         resumed = origin.state.step if origin else None
-        with (
-            connect(config.cluster) as session,
-            _groups(config, session, inputs, stop, observers, resumed) as groups,
-        ):
+        with ExitStack() as stack:
+            session = stack.enter_context(connect(config.cluster))
+            refuse_ignored_on(session.gpus, overridden_keys(overrides))
+            groups = stack.enter_context(_groups(config, session, inputs, stop, observers, resumed))
             job = _job(config, inputs, origin, observers, stop, groups)
             try:
                 train(job)
@@ -101,7 +124,7 @@ def _supervise(
                 status, reason = INTERRUPTED, "stopped on request"
                 _last_checkpoint(job)
             except _EXPECTED as error:
-                status, reason = FAILED, str(error)
+                status, reason = _failure(error), str(error)
                 for row in getattr(error, "rows", []):  # of a reward budget: what failed, with its sample
                     observers.folder.log_failure({"step": job.state.step + 1, **row})
                 _last_checkpoint(job)
@@ -114,6 +137,11 @@ def _supervise(
     except (DeadlineExceeded, ActorFailed) as error:
         status, reason = FAILED, str(error)
     return status, reason
+
+
+def _failure(error: Exception) -> int:
+    """Bad input that only showed during training is still bad input."""
+    return BAD_INPUT if isinstance(error, UserError) and not isinstance(error, RewardBudgetExceeded) else FAILED
 
 
 def _last_checkpoint(job: Job) -> None:
@@ -167,7 +195,7 @@ def _groups(
     resumed_step: int | None,
 ) -> Iterator[Groups]:
     """Starts every actor, all at once, and ends them all on the way out."""
-    deadlines = config.deadlines
+    deadlines, resolved = config.deadlines, inputs.config
     layout = plan(config, gpus=session.gpus, cores=session.cores)
     observers.display.start(
         header_rows(
@@ -198,11 +226,11 @@ def _groups(
             reference=group(ReferenceGroup) if needs_reference(config) else None,
         )
         calls: list[Call] = [
-            *groups.rollout.starting(config, inputs.max_length),
-            *groups.reward.starting(config),
-            *(groups.reference.starting(config) if groups.reference else []),
+            *groups.rollout.starting(resolved, inputs.max_length),
+            *groups.reward.starting(resolved),
+            *(groups.reference.starting(resolved) if groups.reference else []),
             *groups.trainer.starting(
-                config.model,
+                resolved.model,
                 config.trainer,
                 temperature=config.rollout.temperature,
                 total_steps=config.steps * config.trainer.updates_per_step,
@@ -233,7 +261,7 @@ def _signals() -> Iterator[StopFlag]:
 
 def _finish(config: RunConfig, observers: Observers, status: int, reason: str, overrides: Sequence[str]) -> None:
     """Summary, picture and last words; none of them can change how the run ended."""
-    word = {FINISHED: "finished", FAILED: "failed", INTERRUPTED: "interrupted"}[status]
+    word = {FINISHED: "finished", INTERRUPTED: "interrupted"}.get(status, "failed")
     folder = observers.folder
     folder.log_event("end", reason or word)
     summary = summaries.build(
@@ -247,7 +275,7 @@ def _finish(config: RunConfig, observers: Observers, status: int, reason: str, o
     observers.trackers.finish(summary)
     picture = plot_run(folder.path) if folder.metrics.exists() else None
     if reason:
-        observers.display.note(reason, alert=status == FAILED)
+        observers.display.note(reason, alert=word == "failed")
     observers.display.finish(summary, plot=picture, next_command=_next_command(status, overrides))
 
 

@@ -120,7 +120,8 @@ def collect(
         for _ in as_completed(waiting, phase="reference", seconds=deadlines.reference, stop=stop, values=False):
             pass
     clock.append(time.monotonic())
-    seconds = dict(zip(("rollout", "reward", "reference"), np.diff(clock).tolist(), strict=True))
+    stages = ("rollout", "reward", "reference") if reference is not None else ("rollout", "reward")
+    seconds = dict(zip(stages, np.diff(clock).tolist(), strict=False))
     return Experience([Shard(columns[i], sampled[i], scores[i]) for i in sorted(sampled)], seconds)
 
 

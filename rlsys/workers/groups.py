@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from rlsys.algorithms.kl import KLEstimator
 from rlsys.algorithms.objective import Objective
 from rlsys.batch import DataProto
 from rlsys.batch.versions import WeightVersion
@@ -199,7 +200,8 @@ class TrainerGroup(_Group):
             [a.call("load_batch", ranks[a.spec.index], bypass=bypass, what="its rows") for a in self._actors], "train"
         )
 
-    def forward(self, *, reference_kl: bool) -> list[ForwardSummary]:
+    def forward(self, *, reference_kl: KLEstimator | None) -> list[ForwardSummary]:
+        """reference_kl: how the KL to the reference is estimated, where it is asked for."""
         return self._all("forward", reference_kl=reference_kl, phase="train", what="old log-probs")
 
     def forward_backward(self, update: int, columns: list[dict[str, Any]]) -> dict[str, float]:

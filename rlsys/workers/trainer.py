@@ -12,6 +12,7 @@ import numpy as np
 import ray
 import torch
 
+from rlsys.algorithms.kl import KLEstimator, kl_estimate
 from rlsys.algorithms.mismatch import Mismatch, mismatch_sums
 from rlsys.algorithms.objective import Objective
 from rlsys.batch import DataProto, jagged
@@ -35,7 +36,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class ForwardSummary:
-    """kl_sums: per update, [rows] Σ over tokens of (log π_old − log π_ref), None without reference columns;
+    """kl_sums: per update, [rows] Σ over tokens of the KL of π_old to the reference, None where it was not asked for;
     mismatch: per update, sampler against trainer over this rank's tokens."""
 
     kl_sums: list[np.ndarray] | None
@@ -93,8 +94,12 @@ class TrainerWorker:
             for batch in filter(len, self._updates):
                 batch.batch["old_logprobs"] = batch.batch["rollout_logprobs"]
 
-    def forward(self, *, reference_kl: bool) -> ForwardSummary:
-        """Writes ``old_logprobs`` of the whole step, before its first optimiser step."""
+    def forward(self, *, reference_kl: KLEstimator | None) -> ForwardSummary:
+        """Writes ``old_logprobs`` of the whole step, before its first optimiser step.
+
+        Args:
+            reference_kl: also estimate the KL to the reference, this way; reads ``ref_logprobs``.
+        """
         mismatch: list[Mismatch] = []
         kl_sums: list[np.ndarray] = []
         for batch in self._updates:
@@ -110,7 +115,9 @@ class TrainerWorker:
             mismatch.append(mismatch_sums(old, sampler, mask))
             if reference_kl:
                 reference = jagged.values(batch.batch["ref_logprobs"])
-                per_token = jagged.from_values((old - reference) * mask, jagged.lengths(logprobs))
+                per_token = jagged.from_values(
+                    kl_estimate(old, reference, reference_kl) * mask, jagged.lengths(logprobs)
+                )
                 kl_sums.append(jagged.segment_sum(per_token).numpy())
         return ForwardSummary(kl_sums if reference_kl else None, mismatch)
 
