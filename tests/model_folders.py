@@ -57,8 +57,9 @@ def make_model(
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        # Qwen3's heads need not add up to the hidden size; vLLM's Qwen2 knows no other than hidden / heads.
+        num_attention_heads=4 if family == "qwen3" else hidden // 32,
+        num_key_value_heads=2 if family == "qwen3" else max(hidden // 64, 1),
         head_dim=32,
         max_position_embeddings=max_length,
         tie_word_embeddings=tied,

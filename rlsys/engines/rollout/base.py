@@ -65,5 +65,5 @@ def check_prompt(token_ids: list[int], max_length: int) -> None:
         raise UserError(
             f"a prompt of {len(token_ids)} tokens leaves no room for a response within {max_length}",
             where="data.max_prompt_tokens",
-            fix="raise model.max_length, or drop long prompts with data.long_prompts=drop",
+            fix="raise data.max_response_tokens, or lower data.max_prompt_tokens",
         )

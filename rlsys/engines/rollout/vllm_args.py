@@ -13,7 +13,7 @@ _ELSEWHERE = {
     "tokenizer": "the tokenizer is the one in model.path",
     "dtype": "set rollout.dtype",
     "seed": "set seed",
-    "max_model_len": "set model.max_length",
+    "max_model_len": "set data.max_prompt_tokens and data.max_response_tokens, which it is the sum of",
     "max_num_seqs": "set rollout.max_concurrent",
     "enforce_eager": "set rollout.enforce_eager",
     "gpu_memory_utilization": "set rollout.gpu_memory_fraction",

@@ -39,8 +39,9 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, name="rlsys-end-with-parent", daemon=True).start()
 
 
-# At import, because vLLM resolves this module before it loads the model and calls nothing of it until it is ready: a
-# sender that is killed meanwhile would leave the core behind.
+# At import, because vLLM imports this module before it loads the model and calls nothing of it until it is ready: a
+# sender that is killed meanwhile would leave the core behind. (Killed before that, while the core still waits for its
+# first message, vLLM's own limit of five minutes ends it.)
 _end_with_parent()
 
 
