@@ -29,6 +29,7 @@ _KNOWN_ELSEWHERE = {
     "rollout.repetition_penalty": _TRUNCATED,
     "rollout.presence_penalty": _TRUNCATED,
     "rollout.frequency_penalty": _TRUNCATED,
+    "model.max_length": "the longest sequence is data.max_prompt_tokens + data.max_response_tokens",
     "rollout.n": "use rollout.samples_per_prompt",
     "data.train_batch_size": "use data.prompts_per_step (prompt groups in a step, not samples)",
     "trainer.micro_batch_size": "use trainer.micro_batch_tokens (a budget in tokens, not in rows)",
@@ -155,12 +156,6 @@ def cross_check(config: RunConfig) -> None:
             where="trainer.micro_batch_tokens",
             fix=f"set trainer.micro_batch_tokens={sample} or more, or shorten data.max_response_tokens",
         )
-    if config.model.max_length is not None and config.model.max_length < sample:
-        raise UserError(
-            f"prompt and response may take {sample} tokens, the model {config.model.max_length}",
-            where="model.max_length",
-            fix="shorten data.max_prompt_tokens or data.max_response_tokens",
-        )
     if data.prompts_per_step % trainer.updates_per_step:
         raise UserError(
             f"{data.prompts_per_step} prompt groups cannot be divided over {trainer.updates_per_step} optimiser steps",
@@ -231,13 +226,35 @@ _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
         _no_eval,
         "without held-out evaluation no checkpoint is the best: set eval.every to more than 0",
     ),
-    ("tracker.project", lambda c: not c.tracker.use, "only a tracker has projects: tracker.use=[wandb]"),
+    (
+        "tracker.project",
+        lambda c: all(name == "tensorboard" for name in c.tracker.use),
+        "neither run folders nor TensorBoard have projects: tracker.use=[wandb]",
+    ),
+    ("data.eval_path", _no_eval, "set eval.every to more than 0"),
+    ("data.eval_size", _no_eval, "set eval.every to more than 0"),
     (
         "cluster.object_store_gib",
         lambda c: c.cluster.address is not None,
         "a cluster that runs already has its object store: leave it out",
     ),
 ]
+
+
+# (key, whether a cluster with so many GPUs ignores it, what to do). Recipes may say both: they run on either.
+_IGNORED_ON: list[tuple[str, Callable[[int], bool], str]] = [
+    ("rollout.kv_cache_gib", lambda gpus: gpus > 0, "on a GPU set rollout.gpu_memory_fraction"),
+    ("rollout.gpu_memory_fraction", lambda gpus: gpus == 0, "without a GPU set rollout.kv_cache_gib"),
+]
+
+
+def refuse_ignored_on(gpus: int, overridden: Iterable[str]) -> None:
+    """Refuses an override that a cluster with ``gpus`` GPUs would ignore; see :func:`refuse_ignored`."""
+    for key in overridden:
+        for ignored, holds, fix in _IGNORED_ON:
+            if key == ignored and holds(gpus):
+                where = f"a cluster with {gpus} GPUs" if gpus else "a cluster without GPUs"
+                raise UserError(f"{key} has no effect on {where}", where=key, fix=fix)
 
 
 def refuse_ignored(config: RunConfig, overridden: Iterable[str]) -> None:

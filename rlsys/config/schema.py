@@ -32,14 +32,12 @@ class ModelConfig:
     path: a Hugging Face folder, a hub id, or ``bundled:NAME`` for a checkpoint that ships with rlsys.
     dtype: of the trainer's and the reference's forward pass; master weights and optimiser are float32.
     attention: transformers' attention implementation.
-    max_length: longest prompt + response in tokens; null: what the model's own config allows.
     chat_template: path of a Jinja file; null: the tokenizer's own.
     """
 
     path: str
     dtype: Dtype = "float32"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    max_length: Positive | None = None
     chat_template: str | None = None
 
 

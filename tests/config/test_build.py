@@ -59,7 +59,7 @@ def test_a_command_line_wins_over_the_recipe() -> None:
         ("reward.parts", {}, "reward.parts", "no parts"),
         ("trainer.micro_batch_tokens", 10, "trainer.micro_batch_tokens", "smaller than one sample"),
         ("trainer.updates_per_step", 5, "trainer.updates_per_step", "cannot be divided"),
-        ("model.max_length", 12, "model.max_length", "may take"),
+        ("model.max_length", 12, "model.max_length", "data.max_prompt_tokens"),
         ("eval.metric", "speed", "eval.metric", "no reward part"),
     ],
 )

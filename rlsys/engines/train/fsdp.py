@@ -60,7 +60,7 @@ class FsdpEngine:
             UserError: the model cannot be used (see ``rlsys.engines.train.model``).
         """
         lm = load_causal_lm(model, torch.float32)
-        max_length = context_length(lm, model)
+        max_length = context_length(lm)
         if trainer.activation_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             lm.train()  # transformers recomputes in training mode only; there is no dropout that it would switch on

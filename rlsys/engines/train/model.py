@@ -99,18 +99,9 @@ def load_causal_lm(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     return lm.eval()
 
 
-def context_length(lm: PreTrainedModel, model: ModelConfig) -> int:
-    """Longest prompt and response together, in tokens: ``model.max_length``, or what the model's config allows."""
-    allowed = getattr(lm.config, "max_position_embeddings", None)
-    if model.max_length is None:
-        return allowed or 1 << 30
-    if allowed is not None and model.max_length > allowed:
-        raise UserError(
-            f"model.max_length is {model.max_length}, and the model at {model.path} has {allowed} positions",
-            where="model.max_length",
-            fix=f"set model.max_length={allowed} or less",
-        )
-    return model.max_length
+def context_length(lm: PreTrainedModel) -> int:
+    """Longest prompt and response together that the model's config allows, in tokens."""
+    return getattr(lm.config, "max_position_embeddings", None) or 1 << 30
 
 
 def _load_config(model: ModelConfig) -> PretrainedConfig:

@@ -38,7 +38,7 @@ class ReferenceEngine:
             torch.set_num_threads(threads)
         lm = load_causal_lm(model, getattr(torch, model.dtype))
         policy = PolicyModel(lm, temperature=temperature, chunk=trainer.logprob_chunk_tokens)
-        return cls(policy, trainer, max_length=context_length(lm, model))
+        return cls(policy, trainer, max_length=context_length(lm))
 
     @torch.no_grad()
     def forward(self, batch: DataProto) -> DataProto:

@@ -129,7 +129,7 @@ class RankRows:
         if longest > max_length:
             raise UserError(
                 f"row {row} has {longest} tokens, the model takes {max_length}",
-                where="model.max_length",
+                where="data.max_response_tokens",
                 fix="shorten data.max_prompt_tokens or data.max_response_tokens",
             )
         if longest > token_budget:

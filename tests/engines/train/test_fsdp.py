@@ -296,16 +296,15 @@ def test_parameters_are_sharded(folder: Path) -> None:
     assert all(isinstance(p, DTensor) for p in load(folder)._parameters.values())
 
 
-def test_rows_that_do_not_fit_are_refused(folder: Path) -> None:
+def test_rows_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
     batch = random_batch()
     with pytest.raises(UserError, match="a micro-batch may have 8") as error:
         load(folder, replace(TRAINER, micro_batch_tokens=8)).forward(batch)
     assert error.value.where == "trainer.micro_batch_tokens"
+    short = make_model_folder(tmp_path, max_length=10)
     with pytest.raises(UserError, match="the model takes 10") as error:
-        load(folder, max_length=10).forward(batch)
-    assert error.value.where == "model.max_length"
-    with pytest.raises(UserError, match="128 positions"):
-        load(folder, max_length=129)
+        load(short).forward(batch)
+    assert error.value.where == "data.max_response_tokens"
 
 
 def test_missing_columns_are_named_with_their_writer(folder: Path) -> None:
