@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 from vllm import AsyncEngineArgs
 from vllm import SamplingParams as VllmSamplingParams
@@ -24,6 +25,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from rlsys.batch.versions import WeightVersion
+from rlsys.config.errors import UserError
 from rlsys.config.schema import VllmRollout
 from rlsys.engines.rollout.base import check_prompt
 from rlsys.engines.rollout.stopping import end_token_ids
@@ -65,12 +67,20 @@ class VllmEngine:
             threads: CPU threads of the model's kernels; None: one a core that this process may use.
 
         Raises:
-            UserError: ``config.engine_args`` names something that vLLM lacks or rlsys decides.
+            UserError: ``config.engine_args`` names something that vLLM lacks or rlsys decides, or vLLM refuses a value.
         """
         arguments = engine_arguments(model_path, config, max_length=max_length, seed=seed)
         threads = threads or len(os.sched_getaffinity(0))
         with core_environment(threads, on_cpu=current_platform.is_cpu(), eager=config.enforce_eager):
-            engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            try:
+                vllm_config = AsyncEngineArgs(**arguments).create_engine_config()
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"vLLM refuses its arguments: {_reason(error)}",
+                    where="rollout",
+                    fix="check rollout.engine_args, rollout.max_concurrent, model.path and model.max_length",
+                ) from error
+            engine = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=arguments["disable_log_stats"])
         end_ids = end_token_ids(model_path, AutoTokenizer.from_pretrained(model_path))
         started = cls(engine, max_length=max_length, end_ids=end_ids)
         await engine.update_weight_version(str(started.version.packed()))
@@ -181,6 +191,13 @@ def _shared(bucket: Bucket) -> Iterator[str]:
         yield f"/proc/{os.getpid()}/fd/{descriptor}"
     finally:
         os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    """vLLM's own words, without the dump of all arguments that pydantic puts around them."""
+    if isinstance(error, ValidationError):
+        return "; ".join(detail["msg"] for detail in error.errors())
+    return str(error)
 
 
 def _sample(output: RequestOutput) -> Sample:

@@ -55,6 +55,13 @@ def test_an_unknown_argument_is_refused_before_anything_starts(tmp_path: Path) -
         asyncio.run(start_engine(str(tmp_path), config(engine_args={"max_num_batched_token": 1}), max_length=8))
 
 
+def test_what_vllm_refuses_is_said_in_its_own_words(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path, max_length=64)
+    with pytest.raises(UserError, match=r"max_model_len \(65\)") as caught:
+        asyncio.run(start_engine(str(folder), config(), max_length=65))
+    assert "input_value" not in str(caught.value)
+
+
 def test_the_environment_is_as_it_was_afterwards() -> None:
     from rlsys.engines.rollout.vllm_environment import core_environment
 
