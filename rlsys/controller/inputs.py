@@ -23,7 +23,6 @@ from rlsys.engines.rollout.vllm_args import check_engine_args
 from rlsys.environments.base import ENVIRONMENTS
 from rlsys.rewards.compose import build_parts
 
-
 _CHECKED_PROMPTS = 20_000  # encoded before the run, so that one that is too long is found now; seconds
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from rlsys.batch.versions import WeightVersion
 from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import Checkpoint, CheckpointStore
 from rlsys.config.errors import UserError
@@ -64,13 +65,10 @@ def find_origin(config: RunConfig) -> Origin | None:
 def _lineage(run: RunFolder, store: CheckpointStore, checkpoint: Checkpoint) -> int:
     """The checkpoint's lineage, or a new one where the run had gone past it: weights of its later steps may have been
     used, and must not be taken for those that are now computed."""
-    newest = store.best()
-    highest = max(checkpoint.version.lineage, newest.version.lineage if newest else 0)
-    history = read_metrics(run.metrics) if run.metrics.exists() else []
-    last = (history[-1]["lineage"], history[-1]["step"]) if history else (0, 0)
-    if tuple(checkpoint.version) >= last:
-        return checkpoint.version.lineage
-    return max(highest, last[0]) + 1
+    lines = read_metrics(run.metrics) if run.metrics.exists() else []
+    last = lines[-1] if lines else {"lineage": 0, "step": 0}
+    newest = max(WeightVersion(last["lineage"], last["step"]), *store.versions())
+    return checkpoint.version.lineage if checkpoint.version >= newest else newest.lineage + 1
 
 
 def _check_same(config: RunConfig, run: RunFolder) -> None:

@@ -116,6 +116,8 @@ def _supervise(
         with ExitStack() as stack:
             session = stack.enter_context(connect(config.cluster))
             refuse_ignored_on(session.gpus, overridden_keys(overrides))
+            found = f"Ray with {session.cores} CPUs and {session.gpus} GPUs"
+            observers.folder.log_event("cluster", found, logs=session.logs)
             groups = stack.enter_context(_groups(config, session, inputs, stop, observers, resumed))
             job = _job(config, inputs, origin, observers, stop, groups)
             try:
