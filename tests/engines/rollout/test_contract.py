@@ -22,6 +22,8 @@ from rlsys.engines.sync.checksum import weights_checksum
 from rlsys.engines.sync.verify import SyncError
 from rlsys.environments.base import Sample, SamplingParams
 
+pytestmark = pytest.mark.xdist_group("vllm")  # one engine for the module, in one process
+
 MAX_LENGTH = 64
 SECOND_END = 20  # named in generation_config.json only
 FIRST = WeightVersion(0, 0)
@@ -57,7 +59,7 @@ def settings(**given: Any) -> SamplingParams:
 
 @pytest.fixture(
     scope="module",
-    params=["torch", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.xdist_group("vllm")])],
+    params=["torch", pytest.param("vllm", marks=pytest.mark.vllm)],
 )
 def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sampler]:
     folder = make_model_folder(tmp_path_factory.mktemp("contract"))
