@@ -339,7 +339,7 @@ class ClusterConfig:
     """Where it runs.
 
     address: of a running Ray cluster (``auto``: the one on this machine); null: a local one for this run.
-    threads: CPU threads of a trainer rank or a torch sampler; null: the machine's cores divided by the ranks.
+    threads: CPU threads of a trainer rank, a sampler or the reference; null: the machine's cores divided by the ranks.
     object_store_gib: shared memory of a local cluster's object store.
     """
 
@@ -371,7 +371,7 @@ class RunConfig:
     name: of the run; part of its folder's name.
     run_root: folder that run folders are made in.
     resume: null: a new run; ``auto``: the newest run of this name under run_root goes on from its last checkpoint;
-        or the path of a run folder.
+        or the path of a run folder, or of a checkpoint in one.
     steps: training steps in all (a resumed run counts from its beginning).
     seed: of data order, sampling and everything else.
     """
