@@ -141,6 +141,10 @@ class CheckpointStore:
         """The checkpoint with the highest metric, of equals the newest; by the manifests, without hashing files."""
         return _best(self._readable())
 
+    def versions(self) -> list[WeightVersion]:
+        """Of all finished checkpoints, oldest first; by the manifests, without hashing files."""
+        return [checkpoint.version for checkpoint in self._readable()]
+
     def _first_sound(self, candidates: list[Path]) -> Checkpoint | None:
         for path in candidates:
             try:

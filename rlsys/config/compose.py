@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlsys.config import schema
 from rlsys.config.assets import asset
-from rlsys.config.build import defaults, suggest
+from rlsys.config.build import defaults, leaves, suggest
 from rlsys.config.errors import UserError
 
 _GROUPS: dict[str, type] = {
@@ -87,6 +87,8 @@ def explain(error: HydraException | OmegaConfBaseException) -> UserError:
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
+        if any(key.startswith(f"{leaf}.") for leaf in leaves()):  # below a leaf that holds whatever its reader takes
+            return UserError(f"'{key}' is not there yet", where=key, fix=f"add it with a plus: +{key}=…")
         return UserError(f"there is no key '{key}'", where=key, fix=suggest(key) or "`--cfg job` lists every key")
     if match := re.search(r"Could not find '([^']+)'\n\nAvailable options in '([^']+)':\n((?:\t\S+\n?)+)", text):
         options = [o for o in match[3].split() if o != "_schema"]

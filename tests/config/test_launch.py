@@ -29,6 +29,7 @@ def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["+recipe=grpo_qwem"], "known: grpo_qwen"),
         (["+recipe=grpo_qwen", "trainer.lrr=1"], "did you mean 'trainer.lr'?"),
         (["+recipe=grpo_qwen", "+trainer.lrr=1"], "did you mean 'trainer.lr'?"),
+        (["+recipe=grpo_qwen", "reward.parts.correct.args.mode=last"], "+reward.parts.correct.args.mode=…"),
         (["+recipe=grpo_qwen", "data=gsm9k"], "known: arithmetic"),
         (["+recipe=grpo_qwen", "trainer.lr=quick"], "valid number"),
         (["+recipe=grpo_qwen", "rollout.top_p=0.9"], "full distribution"),

@@ -55,7 +55,7 @@ def test_sampler_against_trainer_is_that_of_the_first_update() -> None:
         "policy/mismatch_kl": 1e-9,
         "policy/mismatch_abs_max": 1e-6,
     }
-    combined = combine_updates([measured, {name: 1.0 for name in measured}])
+    combined = combine_updates([measured, dict.fromkeys(measured, 1.0)])
     assert combined == {
         "mismatch/logprob_abs_mean": 1e-7,
         "mismatch/kl": 1e-9,
