@@ -217,6 +217,11 @@ _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
     ("algorithm.loss_options.clip_low", _never_clips, _CLIPS),
     ("algorithm.loss_options.clip_high", _never_clips, _CLIPS),
     ("algorithm.loss_options.dual_clip", _never_clips, _CLIPS),
+    (
+        "algorithm.advantage_options.eps",
+        lambda c: c.algorithm.advantage_options.get("std") == "none",
+        "it is added to the standard deviation: leave algorithm.advantage_options.std=none out",
+    ),
     ("eval.pass_k", lambda c: c.eval.samples == 0, "set eval.samples to the number of responses a problem"),
     ("eval.samples", _no_eval, "set eval.every to more than 0"),
     ("eval.problems", _no_eval, "set eval.every to more than 0"),

@@ -174,7 +174,7 @@ def engine_kind(bench: Bench) -> None:
     bench.monkeypatch.setattr(VllmEngine, "start", started)
     vllm = VllmRollout(engine="vllm", samples_per_prompt=1)
     torch_rollout = TorchRollout(engine="torch", samples_per_prompt=1)
-    assert asyncio.run(start_engine(str(bench.model), vllm, max_length=32)) == "vLLM"  # type: ignore[comparison-overlap]
+    assert asyncio.run(start_engine(str(bench.model), vllm, max_length=32)) == "vLLM"
     assert isinstance(asyncio.run(start_engine(str(bench.model), torch_rollout, max_length=32)), TorchEngine)
 
 
