@@ -22,8 +22,6 @@ from rlsys.engines.sync.checksum import weights_checksum
 from rlsys.engines.sync.verify import SyncError
 from rlsys.environments.base import Sample, SamplingParams
 
-pytestmark = pytest.mark.xdist_group("vllm")  # one engine for the module, in one process
-
 MAX_LENGTH = 64
 SECOND_END = 20  # named in generation_config.json only
 FIRST = WeightVersion(0, 0)

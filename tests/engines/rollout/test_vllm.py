@@ -23,7 +23,7 @@ from rlsys.engines.sync.buckets import pack
 from rlsys.engines.sync.checksum import weights_checksum
 from rlsys.environments.base import SamplingParams
 
-pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")
 
 
