@@ -19,11 +19,7 @@ from composing import run_config
 from rlsys.tracking.metrics import Line, read_metrics
 
 RUN_S = 280  # longest that a run of a test may take: the machine may be busy
-SMALL = (  # little enough work that a run is mostly its start
-    "tracker.display=plain",
-    "cluster.threads=1",
-    "cluster.object_store_gib=0.1",
-)
+SMALL = ("tracker.display=plain", "cluster.threads=1")
 
 
 def command(*overrides: str) -> list[str]:
@@ -91,7 +87,7 @@ def job_process() -> Iterator[RunJob]:
 
         def run(root: Path, *overrides: str) -> int:
             config = run_config(
-                *SMALL[:-1], f"run_root={root / 'runs'}", "cluster=ray", f"cluster.address='{address}'", *overrides
+                *SMALL, f"run_root={root / 'runs'}", "cluster=ray", f"cluster.address='{address}'", *overrides
             )
             return pool.submit(_run_job, config).result(RUN_S)
 

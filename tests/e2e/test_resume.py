@@ -1,4 +1,4 @@
-"""Ctrl-C and going on: nothing is lost, nothing is left behind, and the numbers are those of a run never interrupted."""
+"""Ctrl-C and going on: nothing is lost or left behind, and the numbers are those of a run never interrupted."""
 
 from __future__ import annotations
 
