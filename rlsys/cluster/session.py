@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ def connect(config: ClusterConfig) -> Iterator[Session]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_gcs_rpc_server_connect_timeout_s", str(_CONNECT_S))
     try:
+        if config.address is not None:
+            _probe(config.address)
         context = ray.init(
             address="local" if local else config.address,
             include_dashboard=False if local else None,
@@ -51,7 +54,7 @@ def connect(config: ClusterConfig) -> Iterator[Session]:
             configure_logging=False,
             runtime_env={"env_vars": {"HYDRA_FULL_ERROR": "1"}},
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         if local:
             raise
         raise UserError(
@@ -65,6 +68,14 @@ def connect(config: ClusterConfig) -> Iterator[Session]:
         yield Session(int(total.get("GPU", 0)), int(total.get("CPU", 1)), local, logs)
     finally:
         ray.shutdown()
+
+
+def _probe(address: str) -> None:
+    """Raises OSError where nobody listens at ``host:port``: Ray itself tries again for many minutes. Other forms of
+    address (``auto``, ``ray://…``) are Ray's to look up."""
+    host, colon, port = address.rpartition(":")
+    if colon and "/" not in host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
 
 
 class Placement:
