@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -172,7 +173,7 @@ def test_a_reward_that_raises_is_recorded_until_it_does_too_often(tmp_path: Path
     )
     said = " ".join(done.stdout.split())
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "8 of 16 samples (50.0%) have no reward" in said
+    assert re.search(r"[5-8] of 16 samples \(\d+\.\d%\) have no reward", said), said  # it stops once it is too many
     assert "reward.max_failure_rate" in said
     assert "cannot score this" in said
     assert "Traceback" not in done.stdout + done.stderr

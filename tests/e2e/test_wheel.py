@@ -1,0 +1,58 @@
+"""The wheel, installed elsewhere, runs the recipe from any folder on what it brought along."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from running import RUN_S, environment, only_run, steps_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+WHERE = "import rlsys; from rlsys.config.assets import asset; print(rlsys.__file__, asset('configs'), asset('recipes'))"
+
+
+def python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
+    """Output of this interpreter, with ``path`` before everything that is installed."""
+    variables = {} if path is None else {"PYTHONPATH": str(path)}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=RUN_S,
+        check=False,
+        env=environment(**variables),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the wheel's content alone; what it depends on comes from this environment."""
+    root = tmp_path_factory.mktemp("wheel")
+    python("-m", "build", "--wheel", "--outdir", str(root / "dist"), str(CHECKOUT), cwd=root)
+    (wheel,) = (root / "dist").glob("*.whl")
+    target = root / "installed"
+    with zipfile.ZipFile(wheel) as content:  # what an installer does with a wheel of pure Python
+        content.extractall(target)
+    return target
+
+
+def test_package_configs_and_recipes_come_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    found = python("-c", WHERE, cwd=tmp_path, path=installed).split()
+    assert len(found) == 3
+    assert all(Path(path).is_relative_to(installed) for path in found), found
+
+
+def test_the_recipe_runs_from_another_folder(installed: Path, tmp_path: Path) -> None:
+    arguments = ("+recipe=grpo_qwen", "rollout=torch", "steps=1", "eval.problems=20", "tracker.display=plain")
+    python("-m", "rlsys.launch", *arguments, cwd=tmp_path, path=installed)
+    folder = only_run(tmp_path)
+    assert len(steps_of(folder)) == 1
+    assert str(installed) in (folder / "config.yaml").read_text(), "the bundled model too is the wheel's"
