@@ -78,8 +78,9 @@ evaluation lies {100 * rise:+.1f} points above its start.
 ![learning curves](grpo_qwen.png)
 
 Measured on {date.today().isoformat()} with `python -m benchmarks.grpo_qwen`: {os.cpu_count()} cores
-({platform.machine()}), no GPU, Python {platform.python_version()}, torch {torch.__version__}, vLLM {vllm.__version__}, Ray {ray.__version__},
-rlsys {rlsys.__version__}. Seconds are those of the whole command, start of Ray and vLLM included.
+({platform.machine()}), no GPU, Python {platform.python_version()}, torch {torch.__version__},
+vLLM {vllm.__version__}, Ray {ray.__version__}, rlsys {rlsys.__version__}. Seconds are those of the whole command,
+start of Ray and vLLM included.
 """
 
 

@@ -43,11 +43,12 @@ _DECLARED = [
     Column("response_mask", torch.bool, "[B, j:response]", "rollout", "1 on sampled tokens only"),
     Column("rollout_logprobs", torch.float32, "[B, j:response]", "rollout", "log μ of sampled tokens at the sampling temperature, in nats; 0 elsewhere"),
     Column("weight_version", torch.int64, "[B, j:response]", "rollout", "lineage << 32 | step of the weights that sampled the token; -1 on given ones"),
-    Column("finish_reason", None, "[B]", "rollout", "str: 'stop' (end token or stop rule), 'length' (limit reached), 'error'"),
+    Column("finish_reason", None, "[B]", "rollout", "str: 'stop' (end token or stop rule) or 'length' (limit reached)"),
+    Column("environment", None, "[B]", "rollout", "dict: feedback (str or None) and info (scalars) of the environment"),
     # reward
     Column("rewards", torch.float32, "[B]", "reward", "weighted sum of the parts"),
     Column("scores", None, "[B]", "reward", "dict: part name -> float, None where its condition did not hold"),
-    Column("feedback", None, "[B]", "reward", "str or None: what the environment says about this response"),
+    Column("feedback", None, "[B]", "reward", "str or None: what environment and reward say about this response"),
     # reference, old log-probs
     Column("ref_logprobs", torch.float32, "[B, j:response]", "reference", "log-probs of the frozen reference at the sampling temperature; 0 off the mask"),
     Column("old_logprobs", torch.float32, "[B, j:response]", "old log-probs", "log π_old: the trainer's own, before its first optimiser step on the batch"),

@@ -103,7 +103,8 @@ def _device_here(device: str | None) -> str | None:
     """None keeps the tensors where they were made: a GPU that this process does not see is the CPU."""
     if device is None or torch.device(device).type == "cpu":
         return device
-    return device if torch.device(device).type == "cuda" and torch.cuda.is_available() else "cpu"
+    there = torch.device(device)
+    return device if there.type == "cuda" and (there.index or 0) < torch.cuda.device_count() else "cpu"
 
 
 class _Memory:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,21 +19,27 @@ from rlsys.config.errors import UserError
 from rlsys.config.schema import ClusterConfig
 
 _CONNECT_S = 30
+_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
 class Session:
-    """A live connection. gpus, cores: what the cluster has; logs: folder of Ray's own logs on this machine."""
+    """A live connection. gpus: of all nodes; cores: of the smallest node; nodes: how many; local: started for this run;
+    logs: folder of Ray's own logs on this machine."""
 
     gpus: int
     cores: int
+    nodes: int
     local: bool
     logs: str
 
 
 @contextmanager
-def connect(config: ClusterConfig) -> Iterator[Session]:
+def connect(config: ClusterConfig, *, weights_bytes: int = 0) -> Iterator[Session]:
     """Starts or joins a cluster; on leaving, everything that the run started is gone.
+
+    Args:
+        weights_bytes: of one copy of the model in the sampler's dtype, which passes through the object store.
 
     Raises:
         UserError: no cluster at ``cluster.address``.
@@ -48,11 +55,10 @@ def connect(config: ClusterConfig) -> Iterator[Session]:
             address="local" if local else config.address,
             include_dashboard=False if local else None,
             num_cpus=os.cpu_count() if local else None,
-            object_store_memory=int(config.object_store_gib * 2**30) if local else None,
+            object_store_memory=object_store_bytes(config, weights_bytes) if local else None,
             logging_level=logging.ERROR,
             log_to_driver=False,
             configure_logging=False,
-            runtime_env={"env_vars": {"HYDRA_FULL_ERROR": "1"}},
         )
     except (OSError, RuntimeError, ValueError) as error:
         if local:
@@ -63,11 +69,24 @@ def connect(config: ClusterConfig) -> Iterator[Session]:
             fix="start one with `ray start --head`, or leave cluster.address out for one of the run's own",
         ) from error
     try:
-        total = ray.cluster_resources()
-        logs = str(context.address_info.get("session_dir", ""))
-        yield Session(int(total.get("GPU", 0)), int(total.get("CPU", 1)), local, logs)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield Session(
+            gpus=int(sum(node.get("GPU", 0) for node in nodes)),
+            cores=int(min(node.get("CPU", 1) for node in nodes)),
+            nodes=len(nodes),
+            local=local,
+            logs=str(context.address_info.get("session_dir", "")),
+        )
     finally:
         ray.shutdown()
+
+
+def object_store_bytes(config: ClusterConfig, weights_bytes: int) -> int:
+    """Shared memory of a local cluster's object store: as configured, or room for the weights on their way (one copy,
+    and half of the next) and half a GiB for batches."""
+    if config.object_store_gib is not None:
+        return int(config.object_store_gib * 2**30)
+    return int(1.5 * weights_bytes) + 2**29
 
 
 def _probe(address: str) -> None:
@@ -79,14 +98,22 @@ def _probe(address: str) -> None:
 
 
 class Placement:
-    """Books a plan's bundles and says how each actor is to be started."""
+    """Books a plan's bundles and says how each actor is to be started.
 
-    def __init__(self, plan: Plan, *, seconds: float):
+    Args:
+        seconds: how long to wait for GPUs that others still hold.
+        check: called while waiting; raises to end the wait.
+
+    Raises:
+        UserError: the GPUs were not free in time.
+    """
+
+    def __init__(self, plan: Plan, *, seconds: float, check: Callable[[], None] = lambda: None):
         self.plan = plan
         self._group: PlacementGroup | None = None
         if plan.bundles:
             self._group = placement_group(list(plan.bundles), strategy="PACK")
-            if not self._group.wait(seconds):
+            if not self._booked(self._group, seconds, check):
                 self.release()
                 raise UserError(
                     f"{len(plan.bundles)} GPUs were not free within {seconds:g} s",
@@ -102,6 +129,15 @@ class Placement:
                 self._group, placement_group_bundle_index=actor.bundle
             )
         return options
+
+    @staticmethod
+    def _booked(group: PlacementGroup, seconds: float, check: Callable[[], None]) -> bool:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if group.wait(_POLL_S):
+                return True
+            check()
+        return False
 
     def release(self) -> None:
         if self._group is not None:

@@ -168,6 +168,13 @@ def cross_check(config: RunConfig) -> None:
             where="reward.parts",
             fix="choose a reward group, such as reward=gsm8k",
         )
+    for name in ("mean", "std"):
+        if name in config.reward.parts:
+            raise UserError(
+                f"a reward part cannot be called '{name}': the metric reward/{name} is that of the whole reward",
+                where=f"reward.parts.{name}",
+                fix="give it another name",
+            )
     if config.eval.metric is not None and config.eval.metric not in config.reward.parts:
         raise UserError(
             f"there is no reward part '{config.eval.metric}'",

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import typing
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -80,25 +81,53 @@ class Registry(Generic[T]):
         module_name, _, attribute = path.replace(":", ".").rpartition(".")
         try:
             return getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # whatever a user's module does while it is imported
             raise UserError(
-                f"the {self.kind} '{path}' cannot be imported: {error}",
+                f"the {self.kind} '{path}' cannot be imported: {type(error).__name__}: {error}",
                 where=where,
                 fix=f"check that module '{module_name}' is installed or on PYTHONPATH and defines '{attribute}'",
             ) from error
 
 
 def check_options(function: Callable[..., Any], options: dict[str, Any], *, where: str) -> None:
-    """Refuses an option that ``function`` does not take as a keyword-only argument, naming the nearest one."""
+    """Options of a plug-in against its keyword-only arguments and their annotations.
+
+    Args:
+        where: config key of the options, for error messages.
+
+    Raises:
+        UserError: an option that ``function`` does not take (naming the nearest one) or of another type.
+    """
     parameters = inspect.signature(function).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for name in options:
-        if name not in known:
+        if name not in known and not anything:
             near = difflib.get_close_matches(name, known, n=1)
             raise UserError(
                 f"unknown option '{name}'",
                 where=f"{where}.{name}",
                 fix=(f"did you mean '{near[0]}'? " if near else "") + f"known: {', '.join(known) or 'none'}",
             )
+    _check_types(function, options, where)
+
+
+def _check_types(function: Callable[..., Any], options: dict[str, Any], where: str) -> None:
+    """One without an annotation that can be checked passes."""
+    if not options:
+        return
+    from pydantic import PydanticUserError, TypeAdapter, ValidationError  # reward processes never get here
+
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except (NameError, TypeError, AttributeError):
+        return
+    for name, value in options.items():
+        try:
+            if name in hints:
+                TypeAdapter(hints[name]).validate_python(value, strict=True)
+        except PydanticUserError:
+            continue
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].lower()
+            raise UserError(f"option '{name}': {reason}, got {value!r}", where=f"{where}.{name}") from None

@@ -97,7 +97,7 @@ class FileData(_Data):
     """JSONL or parquet rows of ``{prompt | messages, answer, …}``.
 
     path: file of the training rows.
-    eval_path: file of the held-out rows; null: no held-out evaluation.
+    eval_path: file of the held-out rows; null: there are none (then set eval.every=0).
     prompt_key: column with the user's text (or, under the name ``messages``, the list of messages).
     answer_key: column with the answer that the reward compares with.
     """
@@ -340,12 +340,12 @@ class ClusterConfig:
 
     address: of a running Ray cluster (``auto``: the one on this machine); null: a local one for this run.
     threads: CPU threads of a trainer rank, a sampler or the reference; null: the machine's cores divided by the ranks.
-    object_store_gib: shared memory of a local cluster's object store.
+    object_store_gib: shared memory of a local cluster's object store; null: sized for the model's weights.
     """
 
     address: str | None = None
     threads: Positive | None = None
-    object_store_gib: PositiveFloat = 0.5
+    object_store_gib: PositiveFloat | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,10 @@ import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
-from rlsys.algorithms.advantages import check_estimator
+from rlsys.algorithms.advantages import check_estimator, estimate
 from rlsys.algorithms.losses import POLICY_LOSSES
 from rlsys.batch import DataProto
 from rlsys.config.assets import bundled_model
@@ -49,11 +50,18 @@ def check_inputs(config: RunConfig) -> Inputs:
     check_estimator(config.algorithm.advantage, config.algorithm.advantage_options, config.rollout.samples_per_prompt)
     loss = POLICY_LOSSES.get(config.algorithm.loss, where="algorithm.loss")
     check_options(loss, config.algorithm.loss_options, where="algorithm.loss_options")
+    _try_out(config)
     ENVIRONMENTS.get(config.rollout.environment, where="rollout.environment")
     build_parts(config.reward.parts)
     if isinstance(config.rollout, VllmRollout) and config.rollout.engine_args:
-        from vllm.engine.arg_utils import AsyncEngineArgs  # seconds to import: only where there is something to check
-
+        try:  # seconds to import: only where there is something to check
+            from vllm.engine.arg_utils import AsyncEngineArgs
+        except ModuleNotFoundError as error:
+            raise UserError(
+                "vLLM is not installed",
+                where="rollout.engine_args",
+                fix="install rlsys[cpu] or rlsys[gpu], or sample with rollout=torch",
+            ) from error
         check_engine_args(config.rollout.engine_args, {f.name for f in fields(AsyncEngineArgs)})
     folder = find_model(config.model.path)
     config = replace(config, model=replace(config.model, path=str(folder)))
@@ -86,6 +94,15 @@ def check_inputs(config: RunConfig) -> Inputs:
             )
         held_out = held_out_batch(dataset.held_out, encoder, problems=config.eval.problems)
     return Inputs(config, folder, stream, held_out, max_length, len(dataset.train), count_parameters(folder))
+
+
+def _try_out(config: RunConfig) -> None:
+    """Calls estimator and loss once on two made-up samples: what they say about their options' values they say now."""
+    algorithm = config.algorithm
+    advantages, _ = estimate(algorithm.advantage, torch.tensor([0.0, 1.0]), ["a", "a"], **algorithm.advantage_options)
+    loss = POLICY_LOSSES.get(algorithm.loss, where="algorithm.loss")
+    logprobs, mask = torch.tensor([-1.0, -2.0]), torch.tensor([True, True])
+    loss(logprobs, logprobs, advantages, mask, **algorithm.loss_options)
 
 
 def find_model(path: str) -> Path:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +18,11 @@ from rlsys.batch import DataProto
 from rlsys.batch.versions import WeightVersion
 from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
+from rlsys.config.errors import UserError
 from rlsys.config.schema import RunConfig
 from rlsys.controller.metrics import combine_updates, experience_metrics, mismatch_metrics
 from rlsys.data.sampler import PromptStream
+from rlsys.engines.sync.verify import SyncError
 from rlsys.evals.heldout import evaluate
 from rlsys.rewards.budget import FailureBudget
 from rlsys.tracking import alerts
@@ -31,6 +35,7 @@ from rlsys.workers.groups import ReferenceGroup, RewardGroup, RolloutGroup, Trai
 from rlsys.workers.rollout import SampleRequest
 from rlsys.workers.waits import StopFlag
 
+_DEAD_STEPS = 20  # steps without input after which a loss channel stops the run
 _UPDATE_GRACE_S = 10.0  # an update that has begun may finish, so that the checkpoint is that of a whole step
 
 
@@ -75,12 +80,16 @@ class Job:
     _metrics: dict[str, float] = field(default_factory=dict)
     _seconds: dict[str, float] = field(default_factory=dict)
     _began: float = 0.0
+    _unwritten: tuple[Experience, np.ndarray] | None = None
+    _dead_steps: Counter[str] = field(default_factory=Counter)
     _saved_step: int | None = None
 
     # --- the stages of a step, in the order of the data flow ---
 
     def begin_step(self) -> None:
-        self._metrics, self._seconds, self._began = {}, {}, time.monotonic()
+        # A checkpoint is written after its step's line: its time is in the next one.
+        self._seconds = {name: s for name, s in self._seconds.items() if name == "checkpoint"}
+        self._metrics, self._began = {}, time.monotonic()
 
     def next_prompts(self) -> DataProto:
         with self._phase("prompts"):
@@ -114,7 +123,8 @@ class Job:
             **({"shards_per_worker": 1} if self.config.rollout.engine == "torch" else {}),
         )
         self._seconds |= experience.seconds
-        self._record_failures(experience)
+        self._record_failures(experience.failures(), len(experience))
+        self._require_current(experience)
         return experience
 
     def load(self, experience: Experience) -> None:
@@ -166,19 +176,21 @@ class Job:
         self._metrics |= {f"advantage/{name}": value for name, value in metrics.items()}
         return advantages.numpy()
 
-    def update(self, advantages: np.ndarray) -> None:
+    def update(self, experience: Experience, advantages: np.ndarray) -> None:
         """The optimiser steps of this training step; from here on the step counts as done."""
         with self._phase("update"):
             updates = self.config.trainer.updates_per_step
-            self.stop.grace_s, self.whole = _UPDATE_GRACE_S, False
+            self.stop.grace_s = _UPDATE_GRACE_S
             totals: list[dict[str, float]] = []
             for u in range(updates):
                 columns = [{"advantages": advantages[rank[u]]} for rank in self._rows]
                 metrics = self.groups.trainer.forward_backward(u, columns)
+                self.whole = False  # gradients change nothing; from the first optimiser step on weights are in between
                 totals.append(metrics | self.groups.trainer.optim_step())
             self.stop.grace_s, self.whole = 0.0, True
         self._metrics |= combine_updates(totals)
         self.state = replace(self.state, step=self.state.step + 1, data=self.prompts.state_dict())
+        self._unwritten = (experience, advantages)
 
     def sync_weights(self) -> None:
         """Hands the trainer's weights to the samplers and checks that they arrived."""
@@ -200,21 +212,25 @@ class Job:
         if not due or self.held_out is None or self.state.extra.get("evaluated") == step:
             return
         with self._phase("eval"):
-            metrics = evaluate(self.config, self.held_out, self.groups.rollout, self.groups.reward, self.stop)
-        accuracy = metrics["eval/accuracy"]
-        best = self.state.best_metric
-        if best is None or accuracy > best:
-            self.state = replace(self.state, best_metric=accuracy, best_step=step)
-        self.state = replace(self.state, extra=self.state.extra | {"evaluated": step, "accuracy": accuracy})
+            metrics, failures, rows = evaluate(
+                self.config, self.held_out, self.groups.rollout, self.groups.reward, self.stop
+            )
+        self._record_failures(failures, rows)
+        done = {"evaluated": step, "accuracy": metrics["eval/accuracy"]}
+        self.state = replace(self.state, extra=self.state.extra | done)
         if self._began:
             self._metrics |= metrics
         else:  # before the first step of this process: a line of its own
             self._log(metrics)
 
-    def end_step(self, experience: Experience, advantages: np.ndarray) -> None:
-        """Writes the step's line of metrics and its sampled rollouts."""
+    def end_step(self) -> None:
+        """Writes the step's line of metrics and its sampled rollouts. Also called by whoever ends the run between the
+        update and the end of its step; then what came after the update is missing in the line, and nothing else."""
+        if self._unwritten is None:
+            return
+        (experience, advantages), self._unwritten = self._unwritten, None
         step_s = time.monotonic() - self._began
-        metrics = experience_metrics(experience, self.config) | self._metrics
+        metrics = experience_metrics(experience, self.config, step=self.state.step - 1) | self._metrics
         metrics |= {f"time/{name}_s": seconds for name, seconds in self._seconds.items()} | {"time/step_s": step_s}
         metrics["throughput/tokens_per_s"] = metrics["rollout/tokens"] / step_s
         metrics |= {"version/lineage": self.state.lineage, "version/step": self.state.step}
@@ -227,6 +243,7 @@ class Job:
         self._log(metrics)
         self._write_rollouts(experience, advantages)
         self._began = 0.0
+        self._stop_on_dead_channel(metrics)
 
     def checkpoint_if_due(self) -> None:
         if self.state.step % self.config.checkpoint.every == 0 or self.state.step == self.config.steps:
@@ -286,11 +303,32 @@ class Job:
             rows = [record | {"advantage": float(a)} for record, a in zip(records, advantages, strict=False)]
             self.observers.folder.write_rollouts(self.state.step, rows)
 
-    def _record_failures(self, experience: Experience) -> None:
-        failures = experience.failures()
-        FailureBudget(self.config.reward.max_failure_rate).check(failures, total=len(experience))
+    def _record_failures(self, failures: list[dict[str, Any]], samples: int) -> None:
+        FailureBudget(self.config.reward.max_failure_rate).check(failures, total=samples)
         for failure in failures:  # where the budget is exceeded, whoever ends the run writes them
-            self.observers.folder.log_failure({"step": self.state.step + 1, **failure})
+            self.observers.folder.log_failure({"step": self.state.step, **failure})
+
+    def _require_current(self, experience: Experience) -> None:
+        """The synchronous loop trains on samples of the present weights, and on nothing else."""
+        for shard in experience.shards:
+            oldest = shard.rollout.oldest_version
+            if oldest is not None and oldest != self.version:
+                raise SyncError(
+                    f"a sample comes from weights {tuple(oldest)}, and the trainer is at {tuple(self.version)}"
+                )
+
+    def _stop_on_dead_channel(self, metrics: dict[str, float]) -> None:
+        """A channel that finds no input for many steps is a mistake in the configuration, not patience."""
+        for name, fraction in metrics.items():
+            if name.endswith("/live_fraction"):
+                self._dead_steps[name] = 0 if fraction else self._dead_steps[name] + 1
+                if self._dead_steps[name] >= _DEAD_STEPS:
+                    channel = name.removesuffix("/live_fraction")
+                    raise UserError(
+                        f"the loss channel '{channel}' found no input in {_DEAD_STEPS} steps",
+                        where=f"step {self.state.step}",
+                        fix="give it weight 0, or look at the rollouts: no sampled token reached it",
+                    )
 
 
 def reward_kl(config: RunConfig) -> bool:

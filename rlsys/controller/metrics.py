@@ -11,8 +11,12 @@ from rlsys.config.schema import RunConfig
 from rlsys.workers.experience import Experience
 
 
-def experience_metrics(experience: Experience, config: RunConfig) -> dict[str, float]:
-    """``reward/…`` and ``rollout/…``: rewards and their parts, lengths, truncation."""
+def experience_metrics(experience: Experience, config: RunConfig, *, step: int) -> dict[str, float]:
+    """``reward/…`` and ``rollout/…``: rewards and their parts, lengths, truncation, staleness.
+
+    Args:
+        step: of the weights that the trainer had when it was given the samples.
+    """
     rewards, lengths = experience.rewards.astype(np.float64), experience.rollout("response_lengths")
     metrics = {
         "reward/mean": float(rewards.mean()),
@@ -22,6 +26,7 @@ def experience_metrics(experience: Experience, config: RunConfig) -> dict[str, f
         "rollout/truncated": float((experience.rollout("finish_reasons") == "length").mean()),
         "rollout/samples": float(len(experience)),
         "rollout/tokens": float(experience.rollout("sampled_tokens").sum()),
+        "rollout/staleness": float(experience.staleness(step)),
         "failures/reward": float(len(experience.failures())),
     }
     with warnings.catch_warnings():

@@ -18,7 +18,8 @@ from rlsys.tracking.metrics import read_metrics
 from rlsys.tracking.run import RunFolder, resolve_resume
 from rlsys.tracking.secrets import mask
 
-# What may differ from the run that is resumed: it does not change what the remaining steps compute.
+# What may differ from the run that is resumed. Only `steps` changes what the remaining steps compute: a schedule with
+# an end is stretched to the new one.
 _FREE = (
     "resume",
     "steps",

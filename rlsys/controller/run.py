@@ -36,7 +36,7 @@ from rlsys.tracking.run import RunFolder
 from rlsys.tracking.secrets import mask
 from rlsys.tracking.trackers import TrackerSet
 from rlsys.workers.groups import ReferenceGroup, RewardGroup, RolloutGroup, TrainerGroup
-from rlsys.workers.waits import ActorFailed, Call, DeadlineExceeded, StopFlag, StopRequested, gather
+from rlsys.workers.waits import ActorFailed, DeadlineExceeded, StopFlag, StopRequested, gather
 
 FINISHED, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -114,7 +114,7 @@ def _supervise(
     try:
         resumed = origin.state.step if origin else None
         with ExitStack() as stack:
-            session = stack.enter_context(connect(config.cluster))
+            session = stack.enter_context(connect(config.cluster, weights_bytes=_sampler_bytes(config, inputs)))
             refuse_ignored_on(session.gpus, overridden_keys(overrides))
             found = f"Ray with {session.cores} CPUs and {session.gpus} GPUs"
             observers.folder.log_event("cluster", found, logs=session.logs)
@@ -122,6 +122,8 @@ def _supervise(
             job = _job(config, inputs, origin, observers, stop, groups)
             try:
                 train(job)
+                if config.checkpoint.export:
+                    _export(groups.trainer, observers.folder, inputs.model_folder)
             except StopRequested:
                 status, reason = INTERRUPTED, "stopped on request"
                 _last_checkpoint(job)
@@ -130,15 +132,20 @@ def _supervise(
                 for row in getattr(error, "rows", []):  # of a reward budget: what failed, with its sample
                     observers.folder.log_failure({"step": job.state.step + 1, **row})
                 _last_checkpoint(job)
-            if status == FINISHED and config.checkpoint.export:
-                groups.trainer.export_hf(
-                    str(observers.folder.path / "model"), str(inputs.model_folder), _export_dtype(inputs.model_folder)
-                )
     except StopRequested:
         status, reason = INTERRUPTED, "stopped on request, before the first step"
     except (DeadlineExceeded, ActorFailed) as error:
         status, reason = FAILED, str(error)
     return status, reason
+
+
+def _sampler_bytes(config: RunConfig, inputs: Inputs) -> int:
+    return inputs.parameters * (2 if config.rollout.dtype == "bfloat16" else 4)
+
+
+def _export(trainer: TrainerGroup, folder: RunFolder, source: Path) -> None:
+    """The final weights as a Hugging Face folder, in the dtype that the model came in."""
+    trainer.export_hf(str(folder.path / "model"), str(source), _export_dtype(source))
 
 
 def _failure(error: Exception) -> int:
@@ -149,8 +156,11 @@ def _failure(error: Exception) -> int:
 def _last_checkpoint(job: Job) -> None:
     """Saves the last whole step of a run that ends early; where that cannot be done, the one before it stands."""
     job.stop.grace_s = float("inf")  # asked to stop already; this is the stopping
+    job.end_step()
     if not job.whole:
-        job.observers.display.note("the last step was half done: its checkpoint is that of the step before")
+        newest = max(job.store.versions(), default=None)
+        stands = f"the checkpoint of step {newest.step} stands" if newest else "there is no checkpoint yet"
+        job.observers.display.note(f"the weights were between two steps and are not saved: {stands}")
         return
     try:
         job.checkpoint()
@@ -213,7 +223,7 @@ def _groups(
     )
     observers.display.phase("start")
     with ExitStack() as stack:
-        placement = Placement(layout, seconds=deadlines.start)
+        placement = Placement(layout, seconds=deadlines.start, check=stop.check)
         stack.callback(placement.release)
 
         def group(cls: type[Any]) -> Any:
@@ -227,19 +237,21 @@ def _groups(
             reward=group(RewardGroup),
             reference=group(ReferenceGroup) if needs_reference(config) else None,
         )
-        calls: list[Call] = [
-            *groups.rollout.starting(resolved, inputs.max_length),
-            *groups.reward.starting(resolved),
-            *(groups.reference.starting(resolved) if groups.reference else []),
-            *groups.trainer.starting(
-                resolved.model,
-                config.trainer,
-                temperature=config.rollout.temperature,
-                total_steps=config.steps * config.trainer.updates_per_step,
-                seed=config.seed,
-            ),
-        ]
-        gather(calls, phase="start", seconds=deadlines.start, stop=stop)
+        samplers = groups.rollout.starting(resolved, inputs.max_length)
+        if session.gpus:  # vLLM measures the GPU while it starts, and takes what others load meanwhile for its own
+            gather(samplers, phase="start", seconds=deadlines.start, stop=stop)
+            samplers = []
+        trainers = groups.trainer.starting(
+            resolved.model,
+            resolved.trainer,
+            temperature=config.rollout.temperature,
+            total_steps=config.steps * config.trainer.updates_per_step,
+            seed=config.seed,
+        )
+        others = [*groups.reward.starting(resolved), *(groups.reference.starting(resolved) if groups.reference else [])]
+        gather([*samplers, *trainers, *others], phase="start", seconds=deadlines.start, stop=stop)
+        if session.nodes > 1:
+            groups.trainer.require_shared(observers.folder.path)
         yield groups
 
 
@@ -289,7 +301,7 @@ def _next_command(status: int, overrides: Sequence[str]) -> str:
     recipe = next((override for override in overrides if override.startswith("+recipe=")), "+recipe=grpo_qwen")
     return (
         f"python -m rlsys.launch {recipe} model=hub model.path=Qwen/Qwen3-0.6B data=gsm8k data.path=openai/gsm8k "
-        "trainer.lr=1e-6 rollout.dtype=bfloat16 steps=200"
+        "trainer.lr=1e-6 steps=200"
     )
 
 

@@ -122,7 +122,7 @@ def trajectories_to_batch(prompts: DataProto, groups: Sequence[Sequence[Trajecto
 
     Returns:
         Those columns, repeated, and sample_index, response_ids, response_mask, rollout_logprobs, weight_version,
-        finish_reason as ``rlsys.batch.columns`` declares them.
+        finish_reason, environment as ``rlsys.batch.columns`` declares them.
 
     Raises:
         ValueError: a span's log-probs or versions are not one a token.
@@ -147,7 +147,10 @@ def trajectories_to_batch(prompts: DataProto, groups: Sequence[Sequence[Trajecto
                 "rollout_logprobs": column(2, torch.float32),
                 "weight_version": column(3, torch.int64),
             },
-            non_tensors={"finish_reason": np.array([row.finish_reason for row in rows], dtype=object)},
+            non_tensors={
+                "finish_reason": np.array([row.finish_reason for row in rows], dtype=object),
+                "environment": np.array([{"feedback": row.feedback, "info": row.info} for row in rows], dtype=object),
+            },
         )
     )
 

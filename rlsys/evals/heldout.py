@@ -4,6 +4,7 @@ training."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +19,12 @@ from rlsys.workers.waits import StopFlag
 
 def evaluate(
     config: RunConfig, problems: DataProto, rollout: RolloutGroup, reward: RewardGroup, stop: StopFlag
-) -> dict[str, float]:
-    """``eval/…`` metrics of the samplers' present weights on the held-out problems."""
+) -> tuple[dict[str, float], list[dict[str, Any]], int]:
+    """The samplers' present weights on the held-out problems.
+
+    Returns:
+        ``eval/…`` metrics; the rewards that failed, with their rows (they count as wrong); the number of responses.
+    """
     greedy = SampleRequest(samples=1, temperature=0.0, max_tokens=config.data.max_response_tokens, run_seed=config.seed)
 
     def sample(request: SampleRequest) -> Experience:
@@ -29,12 +34,14 @@ def evaluate(
     metrics = greedy_metrics(_correct(config, answers))
     metrics["eval/reward"] = float(answers.rewards.mean())
     metrics["eval/length_mean"] = float(answers.rollout("response_lengths").mean())
-    metrics["eval/failures"] = float(len(answers.failures()))
+    failures, rows = answers.failures(), len(answers)
     n = config.eval.samples
     if n:
         sampled = sample(replace(greedy, samples=n, temperature=config.rollout.temperature))
         metrics |= sampled_metrics(_correct(config, sampled).reshape(-1, n), config.eval.pass_k)
-    return metrics
+        failures, rows = failures + sampled.failures(), rows + len(sampled)
+    metrics["eval/failures"] = float(len(failures))
+    return metrics, failures, rows
 
 
 def _correct(config: RunConfig, answers: Experience) -> np.ndarray:

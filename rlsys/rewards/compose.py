@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -135,34 +134,12 @@ def _check_arguments(function: RewardFunction, use: str, args: dict[str, Any], w
         raise UserError(
             f"'{use}' cannot be called as a reward: {error}", where=where, fix=f"write {_SIGNATURE}"
         ) from None
-    _check_types(function, args, where_args)
     check = hooks_of(function).check
     if check is not None:
         try:
             check(**args)
         except UserError as error:
             raise UserError(error.what, where=f"{where_args}.{error.where}", fix=error.fix) from None
-
-
-def _check_types(function: RewardFunction, args: dict[str, Any], where_args: str) -> None:
-    """Options against the function's annotations; one without an annotation that can be checked passes."""
-    if not args:
-        return
-    from pydantic import PydanticUserError, TypeAdapter, ValidationError  # not needed in worker processes
-
-    try:
-        hints = typing.get_type_hints(function, include_extras=True)
-    except (NameError, TypeError, AttributeError):
-        return
-    for name, value in args.items():
-        try:
-            if name in hints:
-                TypeAdapter(hints[name]).validate_python(value, strict=True)
-        except PydanticUserError:
-            continue
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"].lower()
-            raise UserError(f"option '{name}': {reason}, got {value!r}", where=f"{where_args}.{name}") from None
 
 
 def combine(parts: Sequence[Part], outcomes: Mapping[str, RewardResult | Failure]) -> ScoredSample:

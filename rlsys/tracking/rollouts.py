@@ -27,6 +27,7 @@ def rollout_row(
     scores: Mapping[str, float | None],
     answer: Any = None,
     feedback: str | None = None,
+    info: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One sampled response as JSON content.
 
@@ -45,6 +46,7 @@ def rollout_row(
         "scores": dict(scores),
         "finish_reason": finish_reason,
         "feedback": feedback,
+        "info": dict(info or {}),
         "weight_versions": _runs(versions),
         "prompt_ids": [int(token) for token in prompt_ids],
         "response_ids": [int(token) for token in response_ids],

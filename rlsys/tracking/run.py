@@ -13,6 +13,7 @@ runs/20260131-120000-grpo_qwen/
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import re
@@ -64,6 +65,7 @@ class RunFolder:
         with writing("the run folder", run_root):
             run_root.mkdir(parents=True, exist_ok=True)
             run = cls(_make_unique(run_root, f"{stamp}-{_slug(name)}"))
+            run._lock()
             for folder in (run.rollouts, run.checkpoints):
                 folder.mkdir()
             content = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
@@ -86,6 +88,7 @@ class RunFolder:
             )
         run = cls(path)
         with writing("the run folder", path):
+            run._lock()
             for folder in (run.rollouts, run.checkpoints):
                 folder.mkdir(exist_ok=True)
             run._append_to("events.jsonl")
@@ -160,6 +163,20 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _lock(self) -> None:
+        """Keeps a second process from writing into the folder, until :meth:`close` or the end of this process."""
+        file = (self.path / ".lock").open("a", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(
+                "another process is writing into this run folder",
+                where=str(self.path),
+                fix="wait until that run has ended, or stop it",
+            ) from None
+        self._files[".lock"] = file
+
     def _append(self, name: str, content: Mapping[str, Any]) -> None:
         with writing(name, self.path / name):
             file = self._append_to(name)
@@ -205,12 +222,15 @@ def resolve_resume(resume: str | None, run_root: Path, name: str) -> ResumePoint
 
 
 def find_latest(run_root: Path, name: str) -> RunFolder | None:
-    """The newest run called ``name`` under ``run_root``; None where there is none."""
+    """The newest run called ``name`` under ``run_root`` that has a checkpoint; None where there is none. A run that was
+    stopped before its first checkpoint has nothing to go on from."""
     if not run_root.is_dir():
         return None
     matches = {path: _STAMP.fullmatch(path.name) for path in run_root.iterdir() if (path / "config.yaml").is_file()}
     runs = [
-        (match[1], int(match[3] or 1), path) for path, match in matches.items() if match and match[2] == _slug(name)
+        (match[1], int(match[3] or 1), path)
+        for path, match in matches.items()
+        if match and match[2] == _slug(name) and any((path / "checkpoints").glob("step-*"))
     ]
     return RunFolder.open(max(runs)[-1]) if runs else None
 

@@ -62,6 +62,11 @@ class Experience:
         """[B] prompt and response tokens of a row."""
         return self.rollout("prompt_lengths") + self.rollout("response_lengths")
 
+    def staleness(self, step: int) -> int:
+        """Steps between the trainer's weights (of ``step``) and the oldest that sampled a token."""
+        oldest = [s.rollout.oldest_version.step for s in self.shards if s.rollout.oldest_version is not None]
+        return step - min(oldest, default=step)
+
     def failures(self) -> list[dict]:
         return [failure for shard in self.shards for failure in shard.reward.failures]
 
@@ -101,6 +106,7 @@ def collect(
     sampled: dict[int, RolloutSummary] = {}
     columns: dict[int, tuple[ray.ObjectRef, ...]] = {}
     scoring: list[Call] = []
+    referring: list[Call] = []
     rows_before = np.cumsum([0, *(len(piece) * request.samples for piece in pieces)])
     for call, summary in as_completed(calls, phase="rollout", seconds=deadlines.rollout, stop=stop):
         index = order[call.ref]
@@ -110,15 +116,14 @@ def collect(
         scoring.append(scored)
         columns[index] = (call.payload, rewards)
         if reference is not None:
-            columns[index] += (reference.logprobs(call.payload),)
+            column, waiting = reference.logprobs(call.payload)
+            columns[index] += (column,)
+            referring.append(waiting)
     clock.append(time.monotonic())
     answers = gather(scoring, phase="reward", seconds=deadlines.reward, stop=stop)
     scores = {call.payload: answer for call, answer in zip(scoring, answers, strict=True)}
     clock.append(time.monotonic())
-    if reference is not None:
-        waiting = [Call(columns[i][2], "reference worker 0", "reference log-probs of a shard") for i in columns]
-        for _ in as_completed(waiting, phase="reference", seconds=deadlines.reference, stop=stop, values=False):
-            pass
+    gather(referring, phase="reference", seconds=deadlines.reference, stop=stop)
     clock.append(time.monotonic())
     stages = ("rollout", "reward", "reference") if reference is not None else ("rollout", "reward")
     seconds = dict(zip(stages, np.diff(clock).tolist(), strict=False))

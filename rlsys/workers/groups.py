@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ from rlsys.batch import DataProto
 from rlsys.batch.versions import WeightVersion
 from rlsys.cluster.placement import ActorSpec
 from rlsys.cluster.session import Placement
+from rlsys.config.errors import UserError
 from rlsys.config.schema import DeadlineConfig, ModelConfig, RunConfig, TrainerConfig
 from rlsys.engines.sync.verify import check_sync
 from rlsys.workers.reference import ReferenceWorker
@@ -113,12 +115,13 @@ class RolloutGroup(_Group):
         calls = [
             a.call("update_weights", buckets, version, what=f"weights of step {version.step}") for a in self._actors
         ]
-        for sampler in self._gather(calls, "sync"):
+        for call, sampler in zip(calls, self._gather(calls, "sync"), strict=True):
             check_sync(
                 sender_before=self._sender_checksum,
                 sender_after=checksum,
                 sampler_before=self._sampler_checksum,
                 sampler_after=sampler,
+                sampler=call.actor,
             )
         self._sender_checksum = self._sampler_checksum = checksum
 
@@ -156,9 +159,11 @@ class ReferenceGroup(_Group):
             for a in self._actors
         ]
 
-    def logprobs(self, batch: ray.ObjectRef) -> ray.ObjectRef:
-        """The reference of the shard's column ``ref_logprobs``."""
-        return self._actors[0].handle.logprobs.remote(batch)
+    def logprobs(self, batch: ray.ObjectRef) -> tuple[ray.ObjectRef, Call]:
+        """The reference of the shard's column ``ref_logprobs``, and the call that ends when it is there."""
+        actor = self._actors[0]
+        column, rows = actor.handle.logprobs.options(num_returns=2).remote(batch)
+        return column, Call(rows, actor.spec.name, "reference log-probs of a shard")
 
 
 class TrainerGroup(_Group):
@@ -190,6 +195,21 @@ class TrainerGroup(_Group):
             )
             for a in self._actors
         ]
+
+    def require_shared(self, folder: Path) -> None:
+        """Every rank writes its shard of a checkpoint into the run folder, so every node must see it.
+
+        Raises:
+            UserError: a rank does not.
+        """
+        seen = self._all("sees", str(folder / "config.yaml"), phase="start", what="a look at the run folder")
+        blind = [actor.spec.name for actor, sees in zip(self._actors, seen, strict=True) if not sees]
+        if blind:
+            raise UserError(
+                f"{', '.join(blind)} cannot see the run folder: on several nodes it must lie on a shared file system",
+                where="run_root",
+                fix=f"set run_root to a folder that every node has, instead of {folder.parent}",
+            )
 
     def set_objective(self, objective: Objective) -> None:
         self._all("set_objective", objective, phase="start", what="the objective")

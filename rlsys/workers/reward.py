@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from rlsys.batch import DataProto, jagged
+from rlsys.batch.columns import check_columns
 from rlsys.config.schema import RewardConfig
 from rlsys.data.prompts import load_tokenizer
 from rlsys.rewards.budget import FailureBudget, failure_rows
@@ -32,6 +33,20 @@ class RewardSummary:
     records: list[dict[str, Any]]
 
 
+_READS = (
+    "uid",
+    "task",
+    "sample_index",
+    "prompt_ids",
+    "response_ids",
+    "response_mask",
+    "rollout_logprobs",
+    "weight_version",
+    "finish_reason",
+    "environment",
+)
+
+
 class RewardWorker:
     """Scores shards. The functions run in processes of their own, each call under its time limit."""
 
@@ -51,6 +66,7 @@ class RewardWorker:
         Raises:
             RewardBudgetExceeded: this shard's failures alone are more than the step may have.
         """
+        check_columns(batch, _READS, "reward")
         texts = self._tokenizer.batch_decode(
             [row.tolist() for row in jagged.to_rows(batch.batch["response_ids"])], skip_special_tokens=True
         )
@@ -62,12 +78,13 @@ class RewardWorker:
             for text, task, length, reason in zip(texts, tasks, lengths, reasons, strict=True)
         ]
         scored = self._pool.score(items, budget=self._budget, total=step_rows)
+        played = batch.non_tensor_batch["environment"]
         rewards = np.asarray([s.reward for s in scored], dtype=np.float32)
         columns = DataProto.from_dict(
             tensors={"rewards": torch.from_numpy(rewards)},
             non_tensors={
                 "scores": _objects([s.scores for s in scored]),
-                "feedback": _objects([s.feedback for s in scored]),
+                "feedback": _objects([_feedback(e, s) for e, s in zip(played, scored, strict=True)]),
             },
         )
         scores = {
@@ -87,6 +104,11 @@ def _objects(values: list[Any]) -> np.ndarray:
     array = np.empty(len(values), dtype=object)
     array[:] = values
     return array
+
+
+def _feedback(played: dict[str, Any], scored: ScoredSample) -> str | None:
+    """What the environment and the reward say about a response, a line each."""
+    return "\n".join(filter(None, (played["feedback"], scored.feedback))) or None
 
 
 def _record(batch: DataProto, row: int, text: str, scored: ScoredSample) -> dict[str, Any]:
@@ -111,5 +133,6 @@ def _record(batch: DataProto, row: int, text: str, scored: ScoredSample) -> dict
         finish_reason=objects["finish_reason"][row],
         reward=scored.reward,
         scores=scored.scores,
-        feedback=scored.feedback,
+        feedback=_feedback(objects["environment"][row], scored),
+        info={**objects["environment"][row]["info"], **scored.info},
     )

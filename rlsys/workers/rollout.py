@@ -10,6 +10,7 @@ import numpy as np
 import ray
 
 from rlsys.batch import DataProto, jagged
+from rlsys.batch.columns import check_columns
 from rlsys.batch.versions import WeightVersion
 from rlsys.config.schema import RolloutConfig
 from rlsys.engines.rollout import RolloutEngine, start_engine
@@ -37,7 +38,7 @@ class RolloutSummary:
     """What the driver sees of a shard: one entry a row, no tokens.
 
     uids [B] str; prompt_lengths, response_lengths, sampled_tokens [B] int64; finish_reasons [B] str;
-    oldest_version: of all sampled tokens.
+    oldest_version: of all sampled tokens; None: there are none.
     """
 
     uids: np.ndarray
@@ -45,7 +46,7 @@ class RolloutSummary:
     response_lengths: np.ndarray
     sampled_tokens: np.ndarray
     finish_reasons: np.ndarray
-    oldest_version: WeightVersion
+    oldest_version: WeightVersion | None
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -70,6 +71,7 @@ class RolloutWorker:
         Returns:
             The rollout columns, whole groups in the order of the prompts, and what the driver needs to know of them.
         """
+        check_columns(prompts, ("uid", "prompt_ids", "task"), "rollout")
         settings = SamplingSettings(
             temperature=request.temperature,
             max_tokens=request.max_tokens,
@@ -98,7 +100,9 @@ class RolloutWorker:
 
     async def update_weights(self, buckets: list[ray.ObjectRef], version: WeightVersion) -> str:
         """Takes new weights; returns the checksum of what the sampler then holds."""
-        return await self._engine.update_weights(list(await asyncio.gather(*buckets)), version)
+        # One bucket at a time: what has been loaded may leave the object store. Sampling is paused meanwhile, so a wait
+        # for the next one keeps nobody waiting.
+        return await self._engine.update_weights((ray.get(ref) for ref in buckets), version)
 
     async def close(self) -> None:
         await self._engine.close()
@@ -116,5 +120,5 @@ def summarize(batch: DataProto) -> RolloutSummary:
         response_lengths=jagged.lengths(mask).numpy(),
         sampled_tokens=sampled.numpy(),
         finish_reasons=batch.non_tensor_batch["finish_reason"],
-        oldest_version=WeightVersion.unpack(int(versions.min())) if len(versions) else WeightVersion(0, 0),
+        oldest_version=WeightVersion.unpack(int(versions.min())) if len(versions) else None,
     )

@@ -16,11 +16,14 @@ from rlsys.algorithms.kl import KLEstimator, kl_estimate
 from rlsys.algorithms.mismatch import Mismatch, mismatch_sums
 from rlsys.algorithms.objective import Objective
 from rlsys.batch import DataProto, jagged
+from rlsys.batch.columns import check_columns
 from rlsys.checkpoint.export import export_hf
 from rlsys.config.schema import ModelConfig, TrainerConfig
 from rlsys.engines.sync.buckets import pack
 from rlsys.engines.sync.checksum import weights_checksum
 from rlsys.engines.train import TrainEngine, init_process_group, load_engine
+
+_READS = ("prompt_ids", "response_ids", "response_mask", "rollout_logprobs")
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,10 @@ class TrainerWorker:
         )
         return self._engine.parameter_count
 
+    def sees(self, path: str) -> bool:
+        """Whether this rank's node has the file."""
+        return Path(path).is_file()
+
     def set_objective(self, objective: Objective) -> None:
         self._objective = objective
 
@@ -103,6 +110,7 @@ class TrainerWorker:
         mismatch: list[Mismatch] = []
         kl_sums: list[np.ndarray] = []
         for batch in self._updates:
+            check_columns(batch, (*_READS, *(("ref_logprobs",) if reference_kl else ())), "old log-probs")
             output = self._engine.forward(batch)  # a collective: called even where this rank has no rows
             if not len(batch):
                 kl_sums.append(np.empty(0))
@@ -136,6 +144,7 @@ class TrainerWorker:
         for name, values in columns.items():
             spread = torch.from_numpy(values.astype(np.float32)).repeat_interleave(lengths) * jagged.values(mask)
             batch.batch[name] = jagged.from_values(spread, lengths)
+        check_columns(batch, ("prompt_ids", "response_ids", *self._objective.reads), "objective")
         return _named(self._engine.forward_backward(batch, self._objective))
 
     def optim_step(self) -> dict[str, float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlsys.config.errors import UserError
 
@@ -64,13 +64,12 @@ class Call:
 
 
 def as_completed(
-    calls: Sequence[Call], *, phase: str, seconds: float, stop: StopFlag | None = None, values: bool = True
+    calls: Sequence[Call], *, phase: str, seconds: float, stop: StopFlag | None = None
 ) -> Iterator[tuple[Call, Any]]:
     """Yields (call, answer) as answers arrive.
 
     Args:
         seconds: deadline for all of them together, from now.
-        values: False: only wait; the answers (large columns) stay where they are and None is yielded.
 
     Raises:
         DeadlineExceeded: naming every actor that has not answered.
@@ -89,7 +88,7 @@ def as_completed(
         done, _ = ray.wait(list(pending), num_returns=1, timeout=min(left, _POLL_S), fetch_local=False)
         for ref in done:
             call = pending.pop(ref)
-            yield call, fetch(call, phase) if values else None
+            yield call, fetch(call, phase, seconds, deadline)
 
 
 def gather(calls: Sequence[Call], *, phase: str, seconds: float, stop: StopFlag | None = None) -> list[Any]:
@@ -98,10 +97,16 @@ def gather(calls: Sequence[Call], *, phase: str, seconds: float, stop: StopFlag 
     return [answers[call.ref] for call in calls]
 
 
-def fetch(call: Call, phase: str) -> Any:
-    """The answer of a call that has been made, with actor and phase named in what it raises."""
+def fetch(call: Call, phase: str, seconds: float, deadline: float) -> Any:
+    """The answer of a call that has ended, with actor and phase named in what it raises.
+
+    Args:
+        seconds: the phase's limit; deadline: when it is over, by the monotonic clock.
+    """
     try:
-        return ray.get(call.ref)
+        return ray.get(call.ref, timeout=max(deadline - time.monotonic(), _POLL_S))
+    except GetTimeoutError:
+        raise DeadlineExceeded(_late([call], phase, seconds)) from None
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, UserError):

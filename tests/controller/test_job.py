@@ -10,8 +10,10 @@ from composing import run_config
 from experiences import make_experience
 
 from rlsys.checkpoint.controller_state import ControllerState
-from rlsys.controller.job import Job, needs_old_logprobs, reward_kl
+from rlsys.config.errors import UserError
+from rlsys.controller.job import Job, Observers, needs_old_logprobs, reward_kl
 from rlsys.controller.metrics import experience_metrics
+from rlsys.engines.sync.verify import SyncError
 from rlsys.workers.waits import StopFlag
 
 KL_IN_REWARD = ("algorithm.kl.coef=0.1", "algorithm.kl.placement=reward")
@@ -73,7 +75,8 @@ def test_permuted_rewards_change_advantages_and_not_the_rewards_that_are_logged(
     permuted = job.advantages(EXPERIENCE, None)
     assert not np.array_equal(permuted, plain.advantages(EXPERIENCE, None))
     assert (EXPERIENCE.rewards == before).all()
-    assert experience_metrics(EXPERIENCE, job.config) == experience_metrics(EXPERIENCE, plain.config)
+    logged = [experience_metrics(EXPERIENCE, config, step=0) for config in (job.config, plain.config)]
+    assert logged[0] == logged[1]
     assert np.array_equal(permuted, job.advantages(EXPERIENCE, None)), "the permutation is the step's own, not chance"
     other_step = make_job("reward.permute=true", step=1)
     assert not np.array_equal(permuted, other_step.advantages(EXPERIENCE, None))
@@ -85,3 +88,55 @@ def test_kl_to_the_reference_is_taken_off_the_reward() -> None:
     advantages = make_job(*KL_IN_REWARD).advantages(EXPERIENCE, reference_kl)
     assert advantages[:4] == pytest.approx([0, 0, 0, 0], abs=1e-6)
     assert (advantages[4:6] > 0).all()
+
+
+# --- a run that ends between an update and the end of its step ---
+
+
+class Recorder:
+    """Stands for folder, trackers, display and memory: keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.peak_bytes = 0
+
+    def log_metrics(self, metrics: dict[str, Any], *, step: int, lineage: int) -> None:
+        self.lines.append({"step": step, **metrics})
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+def observed(job: Job) -> Recorder:
+    recorder = Recorder()
+    job.observers = Observers(recorder, recorder, recorder, recorder)  # type: ignore[arg-type]
+    return recorder
+
+
+def test_a_trained_step_is_written_even_when_what_follows_it_is_interrupted() -> None:
+    job = make_job(step=3)
+    recorder = observed(job)
+    job.begin_step()
+    job._unwritten = (EXPERIENCE, np.zeros(len(REWARDS)))  # as the update leaves it; then the sync was interrupted
+    job._metrics = {"mismatch/logprob_abs_mean": 0.0, "policy/live_fraction": 1.0}
+    job.end_step()
+    job.end_step()  # whoever ends the run calls it too
+    assert [line["step"] for line in recorder.lines] == [3]
+    assert recorder.lines[0]["reward/mean"] == pytest.approx(0.5)
+
+
+def test_a_channel_without_input_for_many_steps_stops_the_run() -> None:
+    job = make_job()
+    for _ in range(19):
+        job._stop_on_dead_channel({"policy/live_fraction": 0.0})
+    job._stop_on_dead_channel({"policy/live_fraction": 0.1})  # one live step starts the count anew
+    for _ in range(19):
+        job._stop_on_dead_channel({"policy/live_fraction": 0.0})
+    with pytest.raises(UserError, match="channel 'policy' found no input in 20 steps"):
+        job._stop_on_dead_channel({"policy/live_fraction": 0.0})
+
+
+def test_samples_of_other_weights_are_not_trained_on() -> None:
+    make_job(step=0)._require_current(EXPERIENCE)
+    with pytest.raises(SyncError, match="a sample comes from weights"):
+        make_job(step=1)._require_current(EXPERIENCE)

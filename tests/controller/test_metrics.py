@@ -18,7 +18,7 @@ from rlsys.workers.experience import Experience
 
 def test_experience_metrics_are_means_over_rows() -> None:
     experience = make_experience([[10, 50], [20, 20]], shards=2, rewards=[0.0, 1.0, 1.0, 1.0])
-    metrics = experience_metrics(experience, run_config())
+    metrics = experience_metrics(experience, run_config(), step=0)
     assert metrics["reward/mean"] == metrics["reward/correct"] == 0.75
     assert metrics["reward/std"] == pytest.approx(math.sqrt(0.1875))
     assert (metrics["rollout/length_mean"], metrics["rollout/length_max"]) == (25.0, 50.0)
@@ -31,7 +31,8 @@ def test_a_part_that_was_gated_everywhere_has_no_mean() -> None:
     experience = make_experience([[1, 1]])
     shard = experience.shards[0]
     gated = replace(shard.reward, scores={"correct": np.full(2, np.nan)})
-    metrics = experience_metrics(Experience([replace(shard, reward=gated)], experience.seconds), run_config())
+    gated_experience = Experience([replace(shard, reward=gated)], experience.seconds)
+    metrics = experience_metrics(gated_experience, run_config(), step=0)
     assert math.isnan(metrics["reward/correct"])
     assert metrics["reward/mean"] == 0.0
 

@@ -247,7 +247,7 @@ def max_failure_rate(bench: Bench) -> None:
 
 @entry("eval.every")
 def eval_every(bench: Bench) -> None:
-    bench.monkeypatch.setattr(jobs, "evaluate", lambda *_: {"eval/accuracy": 0.5})
+    bench.monkeypatch.setattr(jobs, "evaluate", lambda *_: ({"eval/accuracy": 0.5}, [], 1))
 
     def evaluated(every: int) -> list[int]:
         found = []
@@ -281,7 +281,7 @@ def eval_figures(bench: Bench) -> None:
     def figures(*overrides: str) -> dict[str, float]:
         options = ["+reward.parts.other={use: exact_match, weight: 1.0, args: {}, when: null}", *overrides]
         config = bench.config(*options)
-        return heldout.evaluate(config, DataProto(), Actors(), Actors(), StopFlag())  # type: ignore[arg-type]
+        return heldout.evaluate(config, DataProto(), Actors(), Actors(), StopFlag())[0]  # type: ignore[arg-type]
 
     assert not any("pass@" in name for name in figures())
     assert any("pass@2" in name for name in figures("eval.samples=4", "eval.pass_k=2"))
@@ -316,7 +316,7 @@ def export(bench: Bench) -> None:
         trainer = Actors()
         groups = jobs.Groups(trainer, Actors(), Actors(), None)  # type: ignore[arg-type]
         bench.monkeypatch.setattr(
-            run, "connect", lambda _: given(SimpleNamespace(gpus=0, cores=1, local=True, logs=""))
+            run, "connect", lambda *_, **__: given(SimpleNamespace(gpus=0, cores=1, nodes=1, local=True, logs=""))
         )
         bench.monkeypatch.setattr(run, "_groups", lambda *_: given(groups))
         bench.monkeypatch.setattr(run, "train", lambda _: None)
@@ -383,7 +383,7 @@ def experience_deadlines(bench: Bench) -> None:
 
         rollout = Actors({"generate": lambda *_: [Call(answered(shard.rollout, "rollout"), "sampler", "responses")]})
         score = lambda *_, payload, **__: (None, Call(answered(shard.reward, "reward"), "reward", "rewards", payload))  # noqa: E731
-        reference = Actors({"logprobs": lambda _: answered(None, "reference")})
+        reference = Actors({"logprobs": lambda _: (None, Call(answered(4, "reference"), "reference", "log-probs"))})
         request = SampleRequest(2, 1.0, 8, run_seed=0)
         return lambda d: collect(prompts, request, rollout, Actors({"score": score}), reference, d, StopFlag())  # type: ignore[arg-type]
 

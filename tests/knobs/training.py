@@ -151,7 +151,7 @@ def updates_per_step(bench: Bench) -> None:
         with bench.job("data.prompts_per_step=4", *overrides, trainer=trainer) as job:
             experience = make_experience([[2, 2]] * 4)
             job.load(experience)
-            job.update(np.zeros(len(experience)))
+            job.update(experience, np.zeros(len(experience)))
         return len(trainer.given("optim_step")), trainer.given("load_batch")[0][1]["bypass"]
 
     assert updates() == (1, False)
@@ -219,7 +219,8 @@ def mismatch_alarm(bench: Bench) -> None:
         with bench.job(f"rollout.mismatch_alarm={limit}") as job:
             job.begin_step()
             job._metrics["mismatch/logprob_abs_mean"] = 0.1
-            job.end_step(make_experience([[2, 2]]), np.zeros(2))
+            job._unwritten = (make_experience([[2, 2]]), np.zeros(2))
+            job.end_step()
             events = job.observers.folder.path / "events.jsonl"
             return events.read_text(encoding="utf-8").count('"alert"') if events.exists() else 0
 

@@ -33,8 +33,23 @@ def test_folder_holds_config_and_environment(tmp_path: Path):
     assert {"git", "python", "platform", "command"} <= set(environment)
 
 
+def checkpointed(run: RunFolder) -> Path:
+    """Ends the run after its first checkpoint; its folder."""
+    (run.checkpoints / "step-00000001").mkdir()
+    run.close()
+    return run.path
+
+
+def test_a_folder_that_a_live_run_writes_into_is_not_opened_twice(tmp_path: Path):
+    run = make(tmp_path)
+    with pytest.raises(UserError, match="another process is writing"):
+        RunFolder.open(run.path)
+    run.close()
+    RunFolder.open(run.path).close()
+
+
 def test_two_runs_in_one_second_have_folders_of_their_own(tmp_path: Path):
-    paths = [make(tmp_path).path for _ in range(3)]
+    paths = [checkpointed(make(tmp_path)) for _ in range(3)]
     assert len(set(paths)) == 3
     assert find_latest(tmp_path, "grpo").path == paths[-1]
 
@@ -150,10 +165,11 @@ def test_events_failures_and_rollouts_are_strict_json(tmp_path: Path):
 def test_the_newest_run_of_the_name_is_found(tmp_path: Path):
     assert find_latest(tmp_path / "absent", "grpo") is None
     make(tmp_path, now=NOON.replace(hour=9))
-    newest = make(tmp_path)
-    make(tmp_path, "grpo-2", now=NOON.replace(hour=15))
+    newest = checkpointed(make(tmp_path))
+    checkpointed(make(tmp_path, "grpo-2", now=NOON.replace(hour=15)))
+    make(tmp_path, now=NOON.replace(hour=16)).close()  # stopped before its first checkpoint: nothing to go on from
     (tmp_path / "notes").mkdir()
-    assert find_latest(tmp_path, "grpo").path == newest.path
+    assert find_latest(tmp_path, "grpo").path == newest
     assert find_latest(tmp_path, "other") is None
 
 
@@ -161,7 +177,7 @@ def test_resume_means_auto_a_run_or_a_checkpoint(tmp_path: Path):
     assert resolve_resume(None, tmp_path, "grpo") is None
     assert resolve_resume("auto", tmp_path, "grpo") is None
     run = make(tmp_path)
-    (run.checkpoints / "step-00000001").mkdir()
+    checkpointed(run)
     assert resolve_resume("auto", tmp_path, "grpo").run.path == run.path
     assert resolve_resume(str(run.path), tmp_path, "grpo").checkpoint is None
     point = resolve_resume(str(run.checkpoints / "step-00000001"), tmp_path, "grpo")

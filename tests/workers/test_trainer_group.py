@@ -44,7 +44,9 @@ def rollouts(rows: int = 6) -> DataProto:
     responses = [torch.randint(3, 40, (n,), generator=generator) for n in lengths]
     return DataProto.from_dict(
         tensors={
-            "prompt_ids": jagged.from_rows([torch.randint(3, 40, (4 + i % 2,), generator=generator) for i in range(rows)]),
+            "prompt_ids": jagged.from_rows(
+                [torch.randint(3, 40, (4 + i % 2,), generator=generator) for i in range(rows)]
+            ),
             "response_ids": jagged.from_rows(responses),
             "response_mask": jagged.from_rows([torch.ones(n, dtype=torch.bool) for n in lengths]),
             "rollout_logprobs": jagged.from_rows([-torch.rand(n, generator=generator) for n in lengths]),
@@ -74,7 +76,7 @@ def test_ranks_agree_and_a_rank_without_rows_takes_part(ray_cluster: None, tmp_p
     for other in (shared, idle):
         assert other["policy/loss"] == pytest.approx(alone["policy/loss"], abs=1e-5)
         assert other["train/grad_norm"] == pytest.approx(alone["train/grad_norm"], rel=1e-5)
-        assert other["policy/mismatch_abs_mean"] == pytest.approx(alone["mismatch/logprob_abs_mean"], rel=1e-5)
+        assert other["policy/mismatch_abs_mean"] == pytest.approx(alone["policy/mismatch_abs_mean"], rel=1e-5)
         assert other["train/tokens"] == alone["train/tokens"]
 
 

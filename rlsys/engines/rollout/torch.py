@@ -55,11 +55,13 @@ class TorchEngine:
         if threads is not None:
             torch.set_num_threads(threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, config.dtype))
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=getattr(torch, config.dtype), trust_remote_code=False, use_safetensors=True
+        )
         self.version = WeightVersion(0, 0)
         self._model = model.to(device).eval().requires_grad_(False)
         self._model.generation_config = GenerationConfig()  # the folder's own may truncate or penalise
-        self._tokenizer = AutoTokenizer.from_pretrained(model_path)
+        self._tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
         self._end_ids = end_token_ids(model_path, self._tokenizer)
         self._max_length = max_length
         self._max_concurrent = config.max_concurrent

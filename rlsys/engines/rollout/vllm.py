@@ -81,7 +81,7 @@ class VllmEngine:
                     fix="check rollout.engine_args, rollout.max_concurrent, model.path and model.max_length",
                 ) from error
             engine = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=arguments["disable_log_stats"])
-        end_ids = end_token_ids(model_path, AutoTokenizer.from_pretrained(model_path))
+        end_ids = end_token_ids(model_path, AutoTokenizer.from_pretrained(model_path, trust_remote_code=False))
         started = cls(engine, max_length=max_length, end_ids=end_ids)
         await engine.update_weight_version(str(started.version.packed()))
         return started

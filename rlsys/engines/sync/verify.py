@@ -23,6 +23,7 @@ def check_sync(
         sender_after: checksum of what was sent now, in the sampler's dtype.
         sampler_before: checksum of what the sampler held before; None where it was not taken.
         sampler_after: checksum of what the sampler holds now, computed from what it holds.
+        sampler: who it is, for the error.
         sampler: its name, for the message.
 
     Raises:

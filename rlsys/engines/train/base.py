@@ -57,6 +57,6 @@ class TrainEngine(Protocol):
         ...
 
     def export_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """Full weights by Hugging Face name, one after the other, cast to ``dtype`` on the CPU. A collective: every
-        rank must exhaust it; the tensors are the same on each. Tied weights appear once."""
+        """Full weights by Hugging Face name, one after the other, cast to ``dtype``, on the CPU on rank 0. A
+        collective: every rank must exhaust it; the tensors are the same on each. Tied weights appear once."""
         ...

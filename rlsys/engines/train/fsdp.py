@@ -141,7 +141,7 @@ class FsdpEngine:
     def export_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """See TrainEngine."""
         for name, parameter in self._parameters.items():
-            yield name, parameter.detach().to(dtype).full_tensor().cpu()
+            yield name, parameter.detach().to(dtype).full_tensor().to("cpu" if self._rank == 0 else self._device)
 
     def _rows(self, batch: DataProto, reads: tuple[str, ...] = ()) -> RankRows:
         return RankRows(batch, reads, max_length=self._max_length, token_budget=self._trainer.micro_batch_tokens)
