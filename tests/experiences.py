@@ -41,4 +41,4 @@ def _shard(index: int, uids: list[str], lengths: np.ndarray, rewards: np.ndarray
     )
     reward = RewardSummary(rewards, {"correct": rewards.astype(np.float64)}, [], [])
     names = ("rollout", "reward", "reference")
-    return Shard(tuple(f"{index}/{name}" for name in names), rollout, reward)  # type: ignore[arg-type]
+    return Shard(tuple(f"{index}/{name}" for name in names), rollout, reward)

@@ -123,7 +123,7 @@ class Job:
             **({"shards_per_worker": 1} if self.config.rollout.engine == "torch" else {}),
         )
         self._seconds |= experience.seconds
-        self._record_failures(experience.failures(), len(experience))
+        self._record_failures(experience.failures(), len(experience), step=self.state.step + 1)
         self._require_current(experience)
         return experience
 
@@ -215,7 +215,7 @@ class Job:
             metrics, failures, rows = evaluate(
                 self.config, self.held_out, self.groups.rollout, self.groups.reward, self.stop
             )
-        self._record_failures(failures, rows)
+        self._record_failures(failures, rows, step=step)
         done = {"evaluated": step, "accuracy": metrics["eval/accuracy"]}
         self.state = replace(self.state, extra=self.state.extra | done)
         if self._began:
@@ -303,10 +303,10 @@ class Job:
             rows = [record | {"advantage": float(a)} for record, a in zip(records, advantages, strict=False)]
             self.observers.folder.write_rollouts(self.state.step, rows)
 
-    def _record_failures(self, failures: list[dict[str, Any]], samples: int) -> None:
+    def _record_failures(self, failures: list[dict[str, Any]], samples: int, *, step: int) -> None:
         FailureBudget(self.config.reward.max_failure_rate).check(failures, total=samples)
         for failure in failures:  # where the budget is exceeded, whoever ends the run writes them
-            self.observers.folder.log_failure({"step": self.state.step, **failure})
+            self.observers.folder.log_failure({"step": step, **failure})
 
     def _require_current(self, experience: Experience) -> None:
         """The synchronous loop trains on samples of the present weights, and on nothing else."""

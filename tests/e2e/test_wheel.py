@@ -53,6 +53,4 @@ def test_package_configs_and_recipes_come_from_the_wheel(installed: Path, tmp_pa
 def test_the_recipe_runs_from_another_folder(installed: Path, tmp_path: Path) -> None:
     arguments = ("+recipe=grpo_qwen", "rollout=torch", "steps=1", "eval.problems=20", "tracker.display=plain")
     python("-m", "rlsys.launch", *arguments, cwd=tmp_path, path=installed)
-    folder = only_run(tmp_path)
-    assert len(steps_of(folder)) == 1
-    assert str(installed) in (folder / "config.yaml").read_text(), "the bundled model too is the wheel's"
+    assert len(steps_of(only_run(tmp_path))) == 1
