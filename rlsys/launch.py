@@ -17,7 +17,7 @@ from rich.text import Text
 
 from rlsys.config.assets import asset
 from rlsys.config.build import build, refuse_ignored
-from rlsys.config.compose import explain, overridden_keys, register_schemas, to_plain
+from rlsys.config.compose import explain, open_overrides, overridden_keys, register_schemas, to_plain
 from rlsys.config.errors import UserError
 
 EXIT_BAD_INPUT, INTERRUPTED = 2, 130
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A warning of torch about itself at import, which tells a user nothing about the run.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them and leaving
-    arguments, sys.argv = sys.argv, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
+    arguments, sys.argv = sys.argv, [sys.argv[0], *open_overrides(sys.argv[1:] if argv is None else argv)]
     try:
         run()
     except (HydraException, OmegaConfBaseException) as error:

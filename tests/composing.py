@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 
 from rlsys.config.assets import asset
 from rlsys.config.build import build
-from rlsys.config.compose import register_schemas, to_plain
+from rlsys.config.compose import open_overrides, register_schemas, to_plain
 from rlsys.config.schema import RunConfig
 
 
@@ -16,7 +16,7 @@ def composed(*overrides: str, recipe: str = "grpo_qwen") -> dict[str, Any]:
     """The plain dictionary that ``python -m rlsys.launch +recipe=… OVERRIDES`` composes."""
     register_schemas()
     with initialize_config_dir(str(asset("configs")), version_base="1.3"):
-        return to_plain(compose("config", overrides=[f"+recipe={recipe}", *overrides]))
+        return to_plain(compose("config", overrides=[f"+recipe={recipe}", *open_overrides(overrides)]))
 
 
 def run_config(*overrides: str, recipe: str = "grpo_qwen") -> RunConfig:

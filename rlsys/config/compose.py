@@ -76,6 +76,13 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
     return {str(k): v for k, v in plain.items()}
 
 
+def open_overrides(overrides: Iterable[str]) -> list[str]:
+    """Overrides below a leaf that is a mapping (options of a plug-in, reward parts, vLLM's arguments) with Hydra's
+    ``++``, add or override: nobody has to know which keys it has already. Whoever reads the mapping checks their names."""
+    mappings = tuple(f"{leaf}." for leaf in leaves())
+    return [f"++{override}" if override.startswith(mappings) else override for override in overrides]
+
+
 def overridden_keys(overrides: Iterable[str]) -> list[str]:
     """The dotted keys that a command line sets itself (``+recipe=…`` and group choices are not keys)."""
     keys = [o.partition("=")[0].lstrip("+~") for o in overrides]
@@ -87,8 +94,6 @@ def explain(error: HydraException | OmegaConfBaseException) -> UserError:
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
-        if any(key.startswith(f"{leaf}.") for leaf in leaves()):  # below a leaf that holds whatever its reader takes
-            return UserError(f"'{key}' is not there yet", where=key, fix=f"add it with a plus: +{key}=…")
         return UserError(f"there is no key '{key}'", where=key, fix=suggest(key) or "`--cfg job` lists every key")
     if match := re.search(r"Could not find '([^']+)'\n\nAvailable options in '([^']+)':\n((?:\t\S+\n?)+)", text):
         options = [o for o in match[3].split() if o != "_schema"]
