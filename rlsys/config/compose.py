@@ -77,8 +77,10 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
 
 
 def open_overrides(overrides: Iterable[str]) -> list[str]:
-    """Overrides below a leaf that is a mapping (options of a plug-in, reward parts, vLLM's arguments) with Hydra's
-    ``++``, add or override: nobody has to know which keys it has already. Whoever reads the mapping checks their names."""
+    """Overrides below a leaf that is a mapping (a plug-in's options, reward parts, vLLM's arguments) with Hydra's ``++``.
+
+    It adds or overrides, so nobody has to know which keys there are already; whoever reads the mapping checks names.
+    """
     mappings = tuple(f"{leaf}." for leaf in leaves())
     return [f"++{override}" if override.startswith(mappings) else override for override in overrides]
 
