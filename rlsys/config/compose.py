@@ -77,7 +77,7 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
 
 
 def open_overrides(overrides: Iterable[str]) -> list[str]:
-    """Overrides below a leaf that is a mapping (options of a plug-in, reward parts, engine arguments) with Hydra's ``++``.
+    """Overrides below a leaf that is a mapping (a plug-in's options, reward parts) with Hydra's ``++``.
 
     It adds or overrides, so nobody has to know which keys there are already; whoever reads the mapping checks names.
     """
