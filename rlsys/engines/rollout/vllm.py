@@ -78,7 +78,7 @@ class VllmEngine:
                 raise UserError(
                     f"vLLM refuses its arguments: {_reason(error)}",
                     where="rollout",
-                    fix="check rollout.engine_args, rollout.max_concurrent, model.path and model.max_length",
+                    fix="check rollout.engine_args, rollout.max_concurrent, model.path and the lengths in data",
                 ) from error
             engine = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=arguments["disable_log_stats"])
         end_ids = end_token_ids(model_path, AutoTokenizer.from_pretrained(model_path, trust_remote_code=False))
