@@ -89,6 +89,24 @@ class Registry(Generic[T]):
             ) from error
 
 
+def reads(*names: str) -> Callable[[T], T]:
+    """Decorator: the plug-in also wants these keyword arguments from whoever calls it; they are no options.
+
+    What there is to read stands in the package of the plug-in's kind.
+    """
+
+    def mark(function: T) -> T:
+        function.reads = names  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def reads_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """What :func:`reads` declared; nothing for a plain function."""
+    return getattr(function, "reads", ())
+
+
 def check_options(function: Callable[..., Any], options: dict[str, Any], *, where: str) -> None:
     """Options of a plug-in against its keyword-only arguments and their annotations.
 
@@ -99,10 +117,11 @@ def check_options(function: Callable[..., Any], options: dict[str, Any], *, wher
         UserError: an option that ``function`` does not take (naming the nearest one) or of another type.
     """
     parameters = inspect.signature(function).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    given = reads_of(function)
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given]
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for name in options:
-        if name not in known and not anything:
+        if name in given or (name not in known and not anything):
             near = difflib.get_close_matches(name, known, n=1)
             raise UserError(
                 f"unknown option '{name}'",

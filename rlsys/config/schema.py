@@ -224,6 +224,22 @@ RolloutConfig = Annotated[VllmRollout | TorchRollout, Field(discriminator="engin
 
 
 @dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """The value model of ``algorithm.advantage=gae``, in an actor group of its own.
+
+    path: the model whose body it starts from; null: the policy's.
+    lr: of its AdamW; everything else is as the policy's.
+    value_clip: values may move this far from those before the update and still earn a gradient; null: no bound.
+    warmup_steps: first training steps in which only the critic learns.
+    """
+
+    path: str | None = None
+    lr: PositiveFloat = 1e-5
+    value_clip: PositiveFloat | None = 0.5
+    warmup_steps: NonNegative = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """The optimiser and how the batch is cut.
 
@@ -252,6 +268,7 @@ class TrainerConfig:
     max_grad_norm: PositiveFloat = 1.0
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     warmup_steps: NonNegative = 0
+    critic: CriticConfig = CriticConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,11 +278,71 @@ class KLConfig:
     coef: 0: none, and no reference worker is started.
     estimator: k1, abs, k2, k3, or k3+ (k3 with the straight-through gradient of k2).
     placement: a term of the loss, or a penalty on the reward.
+    corrected: the estimate is multiplied by π/π_old, which makes its gradient unbiased off-policy (loss only).
+    target: the coefficient of a penalty on the reward adapts so that the KL a token comes near this; null: it is fixed.
+    horizon: samples over which it adapts.
     """
 
     coef: NonNegativeFloat = 0.0
     estimator: Literal["k1", "abs", "k2", "k3", "k3+"] = "k3"
     placement: Literal["loss", "reward"] = "loss"
+    corrected: Flag = False
+    target: PositiveFloat | None = None
+    horizon: Positive = 10_000
+
+
+# Points (step, factor) that a factor on a weight runs through in straight lines; before the first and after the last it
+# stays as it is there. Empty: always 1.
+Schedule = list[tuple[NonNegative, NonNegativeFloat]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """The self-distillation channel: the policy learns from a teacher that sees more (``hints``), token by token.
+
+    weight: of the channel in the loss; 0: off.
+    schedule: points [step, factor] of a factor on the weight.
+    divergence, divergence_options: name or import path of the divergence, and its keyword options.
+    top_k: only the student's k likeliest words, gathered from the teacher too; null: the whole vocabulary.
+    tail: with top_k, the rest of the vocabulary counts as one more word.
+    ratio_cap: token losses are multiplied by min(π/π_old, this); null: they are not.
+    aggregation: how token losses are summed up.
+    teacher: whose weights: ``self`` the policy's, ``ema`` an average that follows it, ``frozen`` those of step 0,
+        ``trust_region`` step 0 and policy mixed in the logits, ``model`` those at teacher_path.
+    teacher_rate: of the ema: teacher += rate · (policy − teacher) after each optimiser step.
+    teacher_mix: of the trust region: this share of the policy's logits.
+    teacher_path: a model with the policy's tokenizer.
+    hybrid: λ of the policy channel's advantages λ·A + (1 − λ)·(log π_teacher − log π_old); null: A alone.
+    """
+
+    weight: NonNegativeFloat = 0.0
+    schedule: Schedule = field(default_factory=list)
+    divergence: str = "jsd"
+    divergence_options: dict[str, Any] = field(default_factory=dict)
+    top_k: Positive | None = None
+    tail: Flag = True
+    ratio_cap: PositiveFloat | None = 2.0
+    aggregation: Literal["token-mean", "seq-mean-token-mean"] = "token-mean"
+    teacher: Literal["self", "ema", "frozen", "trust_region", "model"] = "self"
+    teacher_rate: Fraction = 0.05
+    teacher_mix: Fraction = 0.5
+    teacher_path: str | None = None
+    hybrid: Fraction | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """The preference channel: pairs of a chosen and a rejected response (``replay``).
+
+    weight: of the channel in the loss; 0: off.
+    schedule: points [step, factor] of a factor on the weight.
+    loss, loss_options: name or import path of the preference loss, and its keyword options.
+    """
+
+    weight: NonNegativeFloat = 0.0
+    schedule: Schedule = field(default_factory=list)
+    loss: str = "dpo"
+    loss_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,8 +352,15 @@ class AlgorithmConfig:
     advantage, advantage_options: name or import path of the estimator, and its keyword options.
     loss, loss_options: name or import path of the policy loss, and its keyword options.
     aggregation: how token losses are summed up into one number.
+    weight: of the policy-gradient channel in the loss; 0: off.
+    schedule: points [step, factor] of a factor on the weight.
     entropy_coef: weight of the entropy bonus.
+    entropy_quantile: only tokens whose entropy under π_old is above this quantile of the batch earn a gradient.
+    functional_tokens: only tokens of text that this regular expression matches earn a gradient; null: all.
     old_logprobs: π_old from the ``trainer``, or ``sampler`` (bypass: π_old := μ).
+    correction: by name, options of the corrections for the distance of sampler and trainer (π_old/μ).
+    filters: by name, options of the group filters; groups that fail one are replaced by new ones.
+    max_refills: rounds of new prompts in a step, before it goes on with fewer groups.
     """
 
     advantage: str = "grpo"
@@ -286,9 +370,95 @@ class AlgorithmConfig:
     aggregation: Literal[
         "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
     ] = "token-mean"
+    weight: NonNegativeFloat = 1.0
+    schedule: Schedule = field(default_factory=list)
     entropy_coef: NonNegativeFloat = 0.0
+    entropy_quantile: Fraction = 0.0
+    functional_tokens: str | None = None
     old_logprobs: Literal["trainer", "sampler"] = "trainer"
+    correction: dict[str, dict[str, Any]] = field(default_factory=dict)
+    filters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    max_refills: NonNegative = 3
     kl: KLConfig = KLConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    preference: PreferenceConfig = PreferenceConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HintsConfig:
+    """Teacher contexts: what the teacher of the self-distillation channel sees besides the problem.
+
+    source: where solutions and hints come from, in order of preference: ``sibling`` the first other response to the
+        prompt with a reward of at least ``threshold``; ``reference`` and ``hint`` the task's fields of those names;
+        ``feedback`` what environment and reward say about this very response; ``turn`` the hint that the environment
+        attached to one turn.
+    threshold: reward from which a sibling's response is a solution.
+    feedback_with_solution: show feedback beside a solution too; false: only where there is none.
+    strip_thinking: leave ``<think>…</think>`` out of a sibling's response.
+    max_tokens: longest teacher prompt; a longer one loses the beginning of its solution or hint, and is counted.
+    reference_key, hint_key: fields of the task.
+    solution_template: of the section around ``{solution}`` (of a sibling, or the reference).
+    hint_template: around ``{hint}``.
+    feedback_template: around ``{feedback}``.
+    turn_template: around ``{hint}``, put into the conversation right before the turn.
+    instruction: text after the sections.
+    """
+
+    source: list[Literal["sibling", "feedback", "hint", "reference", "turn"]] = field(
+        default_factory=lambda: ["sibling", "feedback"]
+    )
+    threshold: Float = 1.0
+    feedback_with_solution: Flag = False
+    strip_thinking: Flag = True
+    max_tokens: Positive = 10_240
+    reference_key: str = "solution"
+    hint_key: str = "hint"
+    solution_template: str = "\n\nCorrect solution:\n\n{solution}"
+    hint_template: str = "\n\nHint:\n\n{hint}"
+    feedback_template: str = "\n\nFeedback on an earlier, unsuccessful attempt:\n\n{feedback}"
+    turn_template: str = "\n\nHint:\n\n{hint}\n\n"
+    instruction: str = "\n\nNow solve the original question."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """Preference pairs for the preference channel.
+
+    source: ``groups`` the best against the worst response of each prompt group; ``file`` pairs from a JSONL file;
+        ``agreement`` states with a policy's action and several teachers' in a JSONL file, of which pairs are made.
+    path: the file, rows of {prompt | messages, chosen, rejected} or {prompt | messages, policy, teachers}.
+    eval_path: a file like it whose pairs are never trained on: margin and accuracy are measured at every evaluation.
+    pairs_per_step: of a file.
+    agreement_threshold: so many teachers must give the same action for it to be chosen.
+    min_gap: least difference in reward between the best and the worst response of a group.
+    """
+
+    source: Literal["groups", "file", "agreement"] = "groups"
+    path: str | None = None
+    eval_path: str | None = None
+    pairs_per_step: Positive = 32
+    agreement_threshold: Positive = 2
+    min_gap: PositiveFloat = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardsConfig:
+    """What watches over a run.
+
+    every: steps between looks at the collapse monitors.
+    on_collapse: an alert alone, or also the end of the run.
+    limits: by monitor, its limit in place of the default (``rlsys/tracking/collapse.py``); null: that one is off.
+    dead_steps: steps without any input after which a loss channel ends the run.
+    max_skipped: updates with a loss or gradient that is not finite, which are skipped, before the run ends.
+    channel_gradients: measure every channel's gradient norm, for one more forward and backward pass each.
+    """
+
+    every: Positive = 1
+    on_collapse: Literal["alert", "stop"] = "alert"
+    limits: dict[str, Float | None] = field(default_factory=dict)
+    dead_steps: Positive = 20
+    max_skipped: NonNegative = 3
+    channel_gradients: Flag = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,6 +554,9 @@ class RunConfig:
     rollout: RolloutConfig
     trainer: TrainerConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    hints: HintsConfig = HintsConfig()
+    replay: ReplayConfig = ReplayConfig()
+    guards: GuardsConfig = GuardsConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
