@@ -37,6 +37,7 @@ _DECLARED = [
     Column("uid", None, "[B]", "prompts", "id of the prompt group, str: 'ROW@EPOCH'; the same for all samples of a prompt"),
     Column("prompt_ids", torch.int64, "[B, j:prompt]", "prompts", "prompt tokens after the chat template"),
     Column("task", None, "[B]", "prompts", "dict: prompt (text), answer, and the row's other fields, for rewards"),
+    Column("messages", None, "[B]", "prompts", "list of {role, content}: the row's conversation, before the system prompt of the configuration"),
     # rollout
     Column("sample_index", torch.int64, "[B]", "rollout", "which of the group's samples this is, 0 … n-1"),
     Column("response_ids", torch.int64, "[B, j:response]", "rollout", "tokens after the prompt, sampled or given"),
@@ -52,8 +53,25 @@ _DECLARED = [
     # reference, old log-probs
     Column("ref_logprobs", torch.float32, "[B, j:response]", "reference", "log-probs of the frozen reference at the sampling temperature; 0 off the mask"),
     Column("old_logprobs", torch.float32, "[B, j:response]", "old log-probs", "log π_old: the trainer's own, before its first optimiser step on the batch"),
-    # advantage
+    Column("old_entropy", torch.float32, "[B, j:response]", "old log-probs", "entropy of π_old's distribution at the token, in nats; 0 off the mask"),
+    # critic, advantage
+    Column("values", torch.float32, "[B, j:response]", "critic", "the critic's value of the state before the token; 0 off the mask"),
+    Column("returns", torch.float32, "[B, j:response]", "advantage", "what the critic's value should have been; 0 off the mask"),
     Column("advantages", torch.float32, "[B, j:response]", "advantage", "one value a token; 0 off the mask"),
+    # hints: the teacher's sequence is teacher_prompt_ids and response_ids from the first to the last token of teacher_mask
+    Column("teacher_prompt_ids", torch.int64, "[B, j:teacher_prompt]", "hints", "what the teacher sees before the first token of teacher_mask; empty where there is no teacher"),
+    Column("has_teacher", torch.bool, "[B]", "hints", "1 where the teacher sees more than the policy does"),
+    Column("teacher_mask", torch.bool, "[B, j:response]", "hints", "1 on tokens whose divergence counts: the response's sampled ones, or one turn's; 0 where there is no teacher"),
+    Column("functional_mask", torch.bool, "[B, j:response]", "hints", "1 on tokens of text that algorithm.functional_tokens matches"),
+    # pairs: empty rows where a sample has none
+    Column("chosen_ids", torch.int64, "[B, j:chosen]", "pairs", "prompt and response tokens of the pair's better side"),
+    Column("chosen_mask", torch.bool, "[B, j:chosen]", "pairs", "1 on response tokens that are scored; 0 on the prompt"),
+    Column("chosen_ref_logprobs", torch.float32, "[B, j:chosen]", "pairs", "log-probs of the frozen reference; 0 off the mask"),
+    Column("rejected_ids", torch.int64, "[B, j:rejected]", "pairs", "prompt and response tokens of the pair's worse side"),
+    Column("rejected_mask", torch.bool, "[B, j:rejected]", "pairs", "1 on response tokens that are scored; 0 on the prompt"),
+    Column("rejected_ref_logprobs", torch.float32, "[B, j:rejected]", "pairs", "log-probs of the frozen reference; 0 off the mask"),
+    Column("pair_id", None, "[B]", "pairs", "str: which pair; None where the row has none"),
+    Column("pair_slot", torch.bool, "[B]", "pairs", "1 on rows that the source of pairs was asked to fill"),
 ]  # fmt: skip
 
 COLUMNS: dict[str, Column] = {column.name: column for column in _DECLARED}

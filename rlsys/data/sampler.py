@@ -81,7 +81,7 @@ class PromptStream:
         self.position = DataPosition()
 
     def next_batch(self) -> DataProto:
-        """Columns uid (``ROW@EPOCH``), prompt_ids and task of the next prompts.
+        """Columns uid (``ROW@EPOCH``), prompt_ids, task and messages of the next prompts.
 
         Raises:
             UserError: a prompt is too long, and it was not asked to drop it; or all of them are.
@@ -128,7 +128,7 @@ def held_out_batch(rows: Sequence[Row], encoder: PromptEncoder, *, problems: int
     """The first ``problems`` held-out rows (those that are dropped for their length left out), always in this order.
 
     Returns:
-        columns uid ('ROW@eval'), prompt_ids and task.
+        columns uid ('ROW@eval'), prompt_ids, task and messages.
 
     Raises:
         UserError: a prompt is too long, and it was not asked to drop it; or none is left.
@@ -152,13 +152,18 @@ def _batch(rows: Sequence[Row], prompts: Sequence[list[int]], uids: Sequence[str
     prompt_ids = jagged.from_rows([torch.tensor(ids, dtype=torch.int64) for ids in prompts], dtype=torch.int64)
     return DataProto.from_dict(
         tensors={"prompt_ids": prompt_ids},
-        non_tensors={"uid": _objects(uids), "task": _objects([row.task for row in rows])},
+        non_tensors={
+            "uid": _objects(uids),
+            "task": _objects([row.task for row in rows]),
+            "messages": _objects([row.messages for row in rows]),
+        },
     )
 
 
 def _objects(values: Sequence[Any]) -> np.ndarray:
     array = np.empty(len(values), dtype=object)
-    array[:] = values
+    for place, value in enumerate(values):  # one by one: lists of one length would become a second dimension
+        array[place] = value
     return array
 
 

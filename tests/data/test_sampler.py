@@ -98,6 +98,7 @@ def test_a_batch_has_the_declared_columns():
     assert batch.batch["prompt_ids"].dtype == torch.int64
     assert [_TOKENIZER.decode(ids) for ids in jagged.to_rows(batch.batch["prompt_ids"])] == ["0", "1", "2", "3"]
     assert [task["answer"] for task in batch.non_tensor_batch["task"]] == [0, 1, 2, 3]
+    assert batch.non_tensor_batch["messages"].tolist() == [[{"role": "user", "content": str(i)}] for i in range(4)]
 
 
 def test_a_step_of_more_prompts_than_rows_goes_through_several_epochs():
