@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from rlsys.algorithms.advantages import ADVANTAGES, centered, compares_in_group
+from rlsys.algorithms.advantages import ADVANTAGES, compares_in_group
+from rlsys.algorithms.groups import centered
 
 
 @ADVANTAGES.register("dr_grpo")
