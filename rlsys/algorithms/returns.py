@@ -31,7 +31,7 @@ def spread_rewards(
         token_penalty: [N], such as coefficient · KL; what it says off the mask does not count.
 
     Returns:
-        [N] float32, 0 off the mask.
+        [N] float64, 0 off the mask.
 
     Raises:
         ValueError: shapes disagree.
@@ -46,7 +46,7 @@ def spread_rewards(
     spread[last[last >= 0]] = rewards.to(spread)[last >= 0]
     if token_penalty is not None:
         spread -= torch.where(mask, token_penalty.to(spread), 0.0)
-    return spread.to(torch.float32)
+    return spread
 
 
 def next_sampled(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
