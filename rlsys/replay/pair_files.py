@@ -20,7 +20,7 @@ from rlsys.data.jsonl import JsonlRows
 from rlsys.data.prompts import PromptEncoder
 from rlsys.data.sampler import DataPosition, PromptOrder
 from rlsys.replay.agreement import State, agreement_pairs
-from rlsys.replay.pairs import SIDES, side_columns, side_row
+from rlsys.replay.pair_columns import SIDES, side_columns, side_row
 
 LONG_PROMPT = "long_prompt"
 
