@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.text import Text
 
 from rlsys.config.assets import asset
-from rlsys.config.build import build, refuse_ignored
+from rlsys.config.build import build
 from rlsys.config.compose import explain, open_overrides, overridden_keys, register_schemas, to_plain
 from rlsys.config.errors import UserError
+from rlsys.config.ignored import refuse_ignored
 
 EXIT_BAD_INPUT, INTERRUPTED = 2, 130
 

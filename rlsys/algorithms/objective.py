@@ -4,75 +4,145 @@ The normaliser of a channel is fixed over the global batch before the first micr
 however the batch is cut into micro-batches or spread over ranks:
 
     loss = Σ_channels weight · (Σ_micro-batches Σ_ranks loss_sum) / normaliser
+
+A row of the batch has up to four sequences, any of which may be empty: its prompt and response, the same response
+behind a teacher's prompt, and a chosen and a rejected sequence. All of a row's sequences go through the model in one
+micro-batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 
-from rlsys.algorithms.aggregation import Aggregation, live_rows, normaliser, token_weights
-from rlsys.algorithms.kl import KLEstimator, kl_estimate
-from rlsys.algorithms.losses import POLICY_LOSSES
-from rlsys.algorithms.mismatch import mismatch_sums
-from rlsys.config.plugins import check_options
-from rlsys.config.schema import AlgorithmConfig
+from rlsys.algorithms.aggregation import live_rows
+from rlsys.algorithms.collective import Alone, Collective
 
 SumCount = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class ResponseBatch:
-    """Rows of a batch with their response tokens laid end to end.
+    """Rows of a batch with their tokens laid end to end.
 
-    columns: by name; a ``[B, j:response]`` column is [N], one value a response token; a ``[B]`` column is [B].
+    columns: by name; a ``[B, j:response]`` column is [N], one value a response token, ``[B, j:chosen]`` ones are [C];
+        a ``[B]`` column is [B].
     rows: [N] int64, the row that each response token belongs to.
     num_rows: B. Both B and N may be 0: a rank that has run out of rows still takes part in every collective.
+    pair_rows: ``chosen`` and ``rejected``: [C] int64, the row that each token of those sequences belongs to.
     """
 
     columns: dict[str, torch.Tensor]
     rows: torch.Tensor
     num_rows: int
+    pair_rows: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class ForwardOutput:
-    """logprobs [N], with gradient; entropy [N], with gradient where a channel asks for it; 0 off ``response_mask``."""
+class TeacherOutput:
+    """What the teacher says about response tokens; 0 off ``teacher_mask``.
 
+    divergence: [N] of student and teacher, in nats, with gradient to the student.
+    logprobs, entropy: [N] the teacher's, without gradient.
+    """
+
+    divergence: torch.Tensor
     logprobs: torch.Tensor
     entropy: torch.Tensor
 
 
 @dataclass(frozen=True)
+class ForwardOutput:
+    """What one forward pass over a micro-batch gives; 0 off the masks.
+
+    logprobs: [N], with gradient; entropy: [N], with gradient where a channel asks for it.
+    pair_logprobs: ``chosen`` and ``rejected``: [C], with gradient.
+    teacher: where a channel asks for one. values: [N], of a critic.
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    pair_logprobs: dict[str, torch.Tensor] = field(default_factory=dict)
+    teacher: TeacherOutput | None = None
+    values: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class ChannelSums:
-    """loss_sum: scalar with gradient, not normalised; sums: metrics as (sum, count); maxima: reduced by maximum."""
+    """loss_sum: scalar with gradient, not normalised; totals: metrics that are added up; sums: metrics as (sum, count);
+    maxima: reduced by maximum."""
 
     loss_sum: torch.Tensor
+    totals: dict[str, torch.Tensor] = field(default_factory=dict)
     sums: dict[str, SumCount] = field(default_factory=dict)
     maxima: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a channel fixed over the global batch.
+
+    normaliser: what the loss is divided by; None: the sum is the loss.
+    columns: by name, [N] values of this rank's response tokens.
+    """
+
+    normaliser: float | None
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def at(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The columns at these of the rank's response tokens ([n] int64)."""
+        return {name: column.to(tokens.device)[tokens] for name, column in self.columns.items()}
+
+
+@dataclass(frozen=True)
+class DivergencePass:
+    """What the forward pass computes from student and teacher (see ``rlsys.algorithms.divergences``).
+
+    divergence, options: name or import path, and keyword options; t: of a divergence that follows a schedule.
+    top_k, tail: only the student's likeliest words, and whether the rest counts as one more.
+    """
+
+    divergence: str
+    options: dict[str, Any] = field(default_factory=dict)
+    t: float | None = None
+    top_k: int | None = None
+    tail: bool = True
 
 
 class Channel(Protocol):
     """One term of the loss.
 
     reads: the batch's columns that it needs.
+    sequences: which of ``response``, ``chosen``, ``rejected`` it needs log-probs of.
     entropy_gradient: whether the entropy that it is given must carry a gradient.
+    divergence: what it wants to know about a teacher; None: nothing.
     """
 
     @property
     def reads(self) -> tuple[str, ...]: ...
 
     @property
+    def sequences(self) -> tuple[str, ...]: ...
+
+    @property
     def entropy_gradient(self) -> bool: ...
 
-    def normaliser(self, batch: ResponseBatch) -> float | None:
-        """What this rank's rows add to the number that the loss is divided by; None: the sum is the loss."""
+    @property
+    def divergence(self) -> DivergencePass | None: ...
+
+    def prepare(self, batch: ResponseBatch, collective: Collective) -> Prepared:
+        """Fixes what depends on the whole batch. A collective: called on every rank with its rows, also with none."""
         ...
 
-    def loss(self, batch: ResponseBatch, output: ForwardOutput) -> ChannelSums:
-        """Sums over one micro-batch, of whole rows. Metric names must not depend on the data."""
+    def loss(self, batch: ResponseBatch, output: ForwardOutput, columns: Mapping[str, torch.Tensor]) -> ChannelSums:
+        """Sums over one micro-batch, of whole rows. Metric names must not depend on the data.
+
+        Args:
+            columns: what :meth:`prepare` gave for these tokens.
+        """
         ...
 
 
@@ -88,14 +158,37 @@ class ObjectiveSums:
 
 
 @dataclass(frozen=True)
+class StepSettings:
+    """What changes from step to step.
+
+    weights: of channels, by name, in place of the objective's own; fields: by channel, dataclass fields to replace.
+    """
+
+    weights: dict[str, float] = field(default_factory=dict)
+    fields: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Objective:
     """channels: by name, (channel, its weight in the loss). A channel of weight 0 is not computed."""
 
     channels: dict[str, tuple[Channel, float]]
 
     def __post_init__(self) -> None:
-        if not any(weight for _, weight in self.channels.values()):
-            raise ValueError("an objective needs a channel with non-zero weight")
+        if not self.channels:
+            raise ValueError("an objective needs a channel")
+
+    def at(self, settings: StepSettings) -> Objective:
+        """The objective of one step."""
+        channels = {}
+        for name, (channel, weight) in self.channels.items():
+            changed = replace(channel, **settings.fields[name]) if name in settings.fields else channel  # type: ignore[type-var]
+            channels[name] = (changed, settings.weights.get(name, weight))
+        return Objective(channels)
+
+    def only(self, name: str) -> Objective:
+        """The same with every other channel switched off."""
+        return Objective({key: (channel, w if key == name else 0.0) for key, (channel, w) in self.channels.items()})
 
     @property
     def live(self) -> dict[str, tuple[Channel, float]]:
@@ -107,153 +200,60 @@ class Objective:
         return tuple(dict.fromkeys(column for channel, _ in self.live.values() for column in channel.reads))
 
     @property
+    def sequences(self) -> tuple[str, ...]:
+        """Sequences that any channel needs log-probs of, each once, in the order response, chosen, rejected."""
+        wanted = {sequence for channel, _ in self.live.values() for sequence in channel.sequences}
+        return tuple(sequence for sequence in ("response", "chosen", "rejected") if sequence in wanted)
+
+    @property
     def entropy_gradient(self) -> bool:
         return any(channel.entropy_gradient for channel, _ in self.live.values())
 
-    def normalisers(self, batch: ResponseBatch) -> dict[str, float | None]:
-        """This rank's part of each channel's normaliser; the engine sums them over ranks."""
-        return {name: channel.normaliser(batch) for name, (channel, _) in self.live.items()}
+    @property
+    def divergence(self) -> DivergencePass | None:
+        """What is to be computed from student and teacher. Where one channel only needs the teacher's log-probs and
+        another a divergence, the divergence gives both."""
+        wanted = [channel.divergence for channel, _ in self.live.values() if channel.divergence is not None]
+        full = [w for w in wanted if w.divergence != "sampled_token"]
+        return next(iter(full or wanted), None)
 
-    def loss(self, batch: ResponseBatch, output: ForwardOutput, normalisers: dict[str, float | None]) -> ObjectiveSums:
+    def prepare(self, batch: ResponseBatch, collective: Collective | None = None) -> dict[str, Prepared]:
+        """What each channel fixes over the global batch: called once, with all rows of this rank."""
+        ranks = collective if collective is not None else Alone()
+        return {name: channel.prepare(batch, ranks) for name, (channel, _) in self.live.items()}
+
+    def loss(
+        self,
+        batch: ResponseBatch,
+        output: ForwardOutput,
+        prepared: Mapping[str, Prepared],
+        tokens: torch.Tensor | None = None,
+    ) -> ObjectiveSums:
         """Loss and metrics of one micro-batch.
 
         Args:
-            normalisers: over the global batch. A channel whose normaliser is 0 has no token anywhere and adds 0.
+            prepared: over the global batch. A channel whose normaliser is 0 has no token anywhere and adds 0.
+            tokens: [N] which of the rank's response tokens these are; None: all of them, in order.
         """
         loss = output.logprobs.new_zeros(())
         totals: dict[str, torch.Tensor] = {}
         sums: dict[str, SumCount] = {}
         maxima: dict[str, torch.Tensor] = {}
         for name, (channel, weight) in self.live.items():
-            result = channel.loss(batch, output)
-            total = normalisers[name]
+            fixed = prepared[name]
+            result = channel.loss(batch, output, fixed.columns if tokens is None else fixed.at(tokens))
+            total = fixed.normaliser
             term = result.loss_sum if total is None else result.loss_sum / max(total, 1.0)
             loss = loss + weight * term
             totals[f"{name}/loss"] = term.detach()
+            totals |= {f"{name}/{key}": value for key, value in result.totals.items()}
             sums |= {f"{name}/{key}": value for key, value in result.sums.items()}
             maxima |= {f"{name}/{key}": value for key, value in result.maxima.items()}
         totals["loss"] = loss.detach()
         return ObjectiveSums(loss, totals, sums, maxima)
 
 
-def _live_fraction(mask: torch.Tensor, batch: ResponseBatch) -> SumCount:
-    """(rows that the channel saw a token of, rows)."""
+def live_fraction(mask: torch.Tensor, batch: ResponseBatch) -> SumCount:
+    """(rows with a token on ``mask``, rows with a response)."""
     live = (live_rows(mask, batch.rows, batch.num_rows) > 0).sum()
-    return live, torch.full_like(live, batch.num_rows)
-
-
-@dataclass(frozen=True)
-class PolicyGradient:
-    """Policy-gradient loss on sampled tokens, with an optional KL to the reference and an entropy bonus:
-
-        policy loss + kl_coef · KL(π ‖ π_ref) − entropy_coef · entropy
-
-    loss_name, loss_options: name or import path of a policy loss, and its options.
-    aggregation: how tokens are weighed.
-    horizon: the longest response allowed, which ``seq-mean-token-sum-norm`` divides by.
-    kl_coef, kl_estimator, entropy_coef: weights of the other two terms, and how the KL is estimated.
-    old_logprobs: where π_old comes from: the ``column`` of that name, or ``self``: π itself without gradient. That is
-        the same value and the same gradient as long as the batch is used for exactly one optimiser step, and it saves
-        a forward pass.
-    mismatch: also report how far π is from the sampler's μ on the sampled tokens; reads ``rollout_logprobs``.
-    """
-
-    loss_name: str = "ppo_clip"
-    loss_options: dict[str, Any] = field(default_factory=dict)
-    aggregation: Aggregation = "token-mean"
-    horizon: int | None = None
-    kl_coef: float = 0.0
-    kl_estimator: KLEstimator = "k3"
-    entropy_coef: float = 0.0
-    old_logprobs: Literal["column", "self"] = "column"
-    mismatch: bool = False
-
-    def __post_init__(self) -> None:
-        function = POLICY_LOSSES.get(self.loss_name, where="algorithm.loss")
-        check_options(function, self.loss_options, where="algorithm.loss_options")
-        if self.aggregation == "seq-mean-token-sum-norm" and not self.horizon:
-            raise ValueError("seq-mean-token-sum-norm needs a horizon: the longest response allowed")
-
-    @classmethod
-    def from_config(
-        cls, config: AlgorithmConfig, *, horizon: int, old_logprobs: Literal["column", "self"], mismatch: bool = False
-    ) -> PolicyGradient:
-        """The channel that ``algorithm.*`` describes; horizon: ``data.max_response_tokens``."""
-        return cls(
-            loss_name=config.loss,
-            loss_options=config.loss_options,
-            aggregation=config.aggregation,
-            horizon=horizon,
-            kl_coef=config.kl.coef if config.kl.placement == "loss" else 0.0,
-            kl_estimator=config.kl.estimator,
-            entropy_coef=config.entropy_coef,
-            old_logprobs=old_logprobs,
-            mismatch=mismatch,
-        )
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        old = ("old_logprobs",) if self.old_logprobs == "column" else ()
-        reference = ("ref_logprobs",) if self.kl_coef else ()
-        sampler = ("rollout_logprobs",) if self.mismatch else ()
-        return ("response_mask", "advantages", *old, *reference, *sampler)
-
-    @property
-    def entropy_gradient(self) -> bool:
-        return self.entropy_coef != 0
-
-    def normaliser(self, batch: ResponseBatch) -> float | None:
-        return normaliser(self.aggregation, batch.columns["response_mask"], batch.rows, batch.num_rows)
-
-    def loss(self, batch: ResponseBatch, output: ForwardOutput) -> ChannelSums:
-        mask = batch.columns["response_mask"]
-        old = batch.columns["old_logprobs"] if self.old_logprobs == "column" else output.logprobs.detach()
-        function = POLICY_LOSSES.get(self.loss_name, where="algorithm.loss")
-        policy = function(output.logprobs, old, batch.columns["advantages"], mask, **self.loss_options)
-        tokens, count = policy.tokens, mask.sum()
-        sums = {**policy.sums, "entropy": (output.entropy.detach()[mask].sum(), count)}
-        if self.kl_coef:
-            # Both sides are made equal off the mask first: there 0 · inf would be a NaN in the gradient.
-            reference = torch.where(mask, batch.columns["ref_logprobs"], 0.0)
-            kl = kl_estimate(torch.where(mask, output.logprobs, 0.0), reference, self.kl_estimator)
-            tokens = tokens + self.kl_coef * kl
-            sums["kl"] = (kl.detach().sum(), count)
-        if self.entropy_coef:
-            tokens = tokens - self.entropy_coef * output.entropy
-        maxima = policy.maxima
-        if self.mismatch:
-            off = mismatch_sums(output.logprobs.detach(), batch.columns["rollout_logprobs"], mask)
-            sums |= {"mismatch_abs_mean": (off.absolute, count), "mismatch_kl": (off.k3, count)}
-            maxima = maxima | {"mismatch_abs_max": off.largest}
-        weights = token_weights(self.aggregation, mask, batch.rows, batch.num_rows, self.horizon)
-        sums["live_fraction"] = _live_fraction(mask, batch)
-        return ChannelSums((tokens * weights).sum(), sums, maxima)
-
-
-@dataclass(frozen=True)
-class CrossEntropy:
-    """−log π of the response tokens, for supervised training. The engine divides logits by its temperature, which is 1
-    for supervised training."""
-
-    aggregation: Aggregation = "token-mean"
-    horizon: int | None = None
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return ("response_mask",)
-
-    @property
-    def entropy_gradient(self) -> bool:
-        return False
-
-    def normaliser(self, batch: ResponseBatch) -> float | None:
-        return normaliser(self.aggregation, batch.columns["response_mask"], batch.rows, batch.num_rows)
-
-    def loss(self, batch: ResponseBatch, output: ForwardOutput) -> ChannelSums:
-        mask = batch.columns["response_mask"]
-        weights = token_weights(self.aggregation, mask, batch.rows, batch.num_rows, self.horizon)
-        sums = {
-            "entropy": (output.entropy.detach()[mask].sum(), mask.sum()),
-            "live_fraction": _live_fraction(mask, batch),
-        }
-        return ChannelSums(-(output.logprobs * weights).sum(), sums)
+    return live, (live_rows(torch.ones_like(mask), batch.rows, batch.num_rows) > 0).sum()

@@ -1,8 +1,10 @@
-"""Learning-rate multipliers and the rule of what decays."""
+"""Factors that follow the steps: of the learning rate, and of a channel's weight; and the rule of what decays."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
@@ -42,6 +44,23 @@ def multiplier(schedule: Schedule, step: int, total: int, warmup: int = 0) -> fl
             return 1.0 - 0.9 * (done - stable) / (decay - stable)
         return 0.1 - 0.09 * (done - decay) / (length - decay)
     raise ValueError(f"unknown schedule '{schedule}'")
+
+
+def factor(points: Sequence[Sequence[float]], step: int) -> float:
+    """Straight lines through points (step, factor); before the first and after the last it stays as it is there.
+
+    Args:
+        points: in ascending order of steps; none: 1.
+        step: training step, counted from 1.
+    """
+    if not points:
+        return 1.0
+    if step <= points[0][0]:
+        return float(points[0][1])
+    for (left, low), (right, high) in itertools.pairwise(points):
+        if step <= right:
+            return float(low + (high - low) * (step - left) / (right - left))
+    return float(points[-1][1])
 
 
 def no_decay(name: str, ndim: int) -> bool:

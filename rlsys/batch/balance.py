@@ -43,7 +43,7 @@ def balanced_partitions(group_tokens: Sequence[int], parts: int) -> list[list[in
     return [sorted(groups) for _, groups in heap[0][2]] if heap else [[] for _ in range(parts)]
 
 
-def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+def micro_batches(lengths: Sequence[int], token_budget: int, sequences: Sequence[int] | None = None) -> list[list[int]]:
     """Cuts rows into the fewest micro-batches of at most ``token_budget`` tokens, padding included, and pads as little
     as so many allow.
 
@@ -51,8 +51,9 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     to cut is found by dynamic programming over the rows.
 
     Args:
-        lengths: tokens of each row.
-        token_budget: most rows × longest row of a micro-batch.
+        lengths: tokens of each row, of its longest sequence where it has several.
+        token_budget: most sequences × longest sequence of a micro-batch.
+        sequences: how many sequences each row has, which stay together; None: one each.
 
     Returns:
         Lists of row indices, ascending. The micro-batch with the longest row is first: a lack of memory shows at once.
@@ -63,16 +64,20 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     if not len(lengths):
         return []
     sizes = np.asarray(lengths, dtype=np.int64)
-    longest = int(sizes.argmax())
-    if sizes[longest] > token_budget:
+    counts = np.ones_like(sizes) if sequences is None else np.maximum(np.asarray(sequences, dtype=np.int64), 1)
+    largest = int((sizes * counts).argmax())
+    if (need := int(sizes[largest] * counts[largest])) > token_budget:
+        several = f" in {counts[largest]} sequences, padding included" if counts[largest] > 1 else ""
         raise UserError(
-            f"row {longest} has {sizes[longest]} tokens, a micro-batch may have {token_budget}",
+            f"row {largest} has {need} tokens{several}, a micro-batch may have {token_budget}",
             where="trainer.micro_batch_tokens",
-            fix=f"set trainer.micro_batch_tokens={sizes[longest]} or more",
+            fix=f"set trainer.micro_batch_tokens={need} or more",
         )
     order = np.argsort(-sizes, kind="stable")
-    padded = np.maximum(sizes[order], 1)  # what a row costs in a micro-batch of which it is the first and longest
-    starts = _best_starts(padded, np.arange(len(sizes)) + token_budget // padded)
+    padded = np.maximum(sizes[order], 1)  # what a sequence costs in a micro-batch of which it is the longest
+    before = np.concatenate([[0], np.cumsum(counts[order])])  # sequences of the rows before each
+    reach = np.searchsorted(before, before[:-1] + token_budget // padded, side="right") - 1
+    starts = _best_starts(padded, before, reach)
     batches, stop = [], len(sizes)
     while stop:
         batches.append(sorted(order[starts[stop] : stop].tolist()))
@@ -80,22 +85,23 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return batches[::-1]
 
 
-def _best_starts(padded: np.ndarray, reach: np.ndarray) -> np.ndarray:
+def _best_starts(padded: np.ndarray, before: np.ndarray, reach: np.ndarray) -> np.ndarray:
     """[n + 1] where the last micro-batch of the best cut of the first i rows starts.
 
     Args:
         padded: [n] lengths, descending.
+        before: [n + 1] sequences of all rows before each.
         reach: [n] where a micro-batch that starts with row i ends at the latest; ascending.
     """
     count = len(padded)
     # Fewest micro-batches first, then fewest padded tokens: one number, as no cut pads to more than ``heavy`` tokens.
-    heavy = int(padded[0]) * count + 1
+    heavy = int(padded[0]) * int(before[-1]) + 1
     cost = np.zeros(count + 1, dtype=np.int64)
     starts = np.zeros(count + 1, dtype=np.int64)
     first = np.searchsorted(reach, np.arange(count + 1))  # the first row that a micro-batch up to i may start with
     for stop in range(1, count + 1):
         begin = np.arange(first[stop], stop)
-        options = cost[begin] + (stop - begin) * padded[begin]
+        options = cost[begin] + (before[stop] - before[begin]) * padded[begin]
         best = int(options.argmin())
         starts[stop], cost[stop] = begin[best], options[best] + heavy
     return starts

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rlsys.algorithms.requirements import needs_critic, needs_reference
 from rlsys.config.errors import UserError
 from rlsys.config.schema import RunConfig
 
-# Shares of a GPU that trainer, sampler and reference take turns on. Ray books them; memory is bounded by
-# rollout.gpu_memory_fraction on the sampler's side.
-_GPU_SHARE = {"trainer": 0.5, "rollout": 0.4, "reference": 0.1}
+# Shares of a GPU that its actors take turns on. Ray books them; memory is bounded by rollout.gpu_memory_fraction on the
+# sampler's side.
+_GPU_SHARE = {"trainer": 0.4, "critic": 0.1, "rollout": 0.4, "reference": 0.1}
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,6 @@ class Plan:
         return [actor for actor in self.actors if actor.role == role]
 
 
-def needs_reference(config: RunConfig) -> bool:
-    """Whether any term reads reference log-probs."""
-    return config.algorithm.kl.coef > 0
-
-
 def plan(config: RunConfig, *, gpus: int, cores: int) -> Plan:
     """Assigns actors to GPUs, trainer rank i and rollout worker i on GPU i; without GPUs to CPU threads.
 
@@ -58,6 +54,7 @@ def plan(config: RunConfig, *, gpus: int, cores: int) -> Plan:
     actors: list[ActorSpec] = []
     for role, count in (
         ("trainer", ranks),
+        ("critic", ranks if needs_critic(config) else 0),
         ("rollout", config.rollout.workers),
         ("reference", int(needs_reference(config))),
     ):

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from rlsys.config import schema
 from rlsys.config.errors import UserError
+from rlsys.config.ignored import no_teacher
 from rlsys.config.schema import RunConfig
 
 # Names that users bring from other frameworks, and what they find here.
@@ -197,88 +198,39 @@ def cross_check(config: RunConfig) -> None:
             where="algorithm.kl.estimator",
             fix="use k1, k2 or k3, or algorithm.kl.placement=loss",
         )
+    _check_kl(config)
+    _check_budget(config)
 
 
-def _no_kl(c: RunConfig) -> bool:
-    return c.algorithm.kl.coef == 0
+def _check_kl(config: RunConfig) -> None:
+    kl = config.algorithm.kl
+    if kl.coef and kl.placement == "reward" and kl.corrected:
+        raise UserError(
+            "the correction of the KL is one of its gradient, and a penalty on the reward has none",
+            where="algorithm.kl.corrected",
+            fix="leave it out, or set algorithm.kl.placement=loss",
+        )
+    if kl.target is not None and kl.placement == "loss":
+        raise UserError(
+            "the coefficient adapts as a penalty on the reward only",
+            where="algorithm.kl.target",
+            fix="set algorithm.kl.placement=reward, or leave the target out",
+        )
 
 
-def _no_eval(c: RunConfig) -> bool:
-    return c.eval.every == 0
-
-
-def _never_clips(c: RunConfig) -> bool:
-    return c.algorithm.loss == "ppo_clip" and c.trainer.updates_per_step == 1 and c.algorithm.old_logprobs == "trainer"
-
-
-_CLIPS = (
-    "with one optimiser step a batch the ratio is always 1 and nothing is clipped: "
-    "set trainer.updates_per_step=2 or more"
-)
-
-# (key, when the chosen combination ignores it, what to do). A key stands for everything below it too.
-_IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
-    ("algorithm.kl.estimator", _no_kl, "set algorithm.kl.coef to more than 0"),
-    ("algorithm.kl.placement", _no_kl, "set algorithm.kl.coef to more than 0"),
-    ("deadlines.reference", _no_kl, "no reference worker runs without a KL term: set algorithm.kl.coef to more than 0"),
-    ("algorithm.loss_options.clip_low", _never_clips, _CLIPS),
-    ("algorithm.loss_options.clip_high", _never_clips, _CLIPS),
-    ("algorithm.loss_options.dual_clip", _never_clips, _CLIPS),
-    (
-        "algorithm.advantage_options.eps",
-        lambda c: c.algorithm.advantage_options.get("std") == "none",
-        "it is added to the standard deviation: leave algorithm.advantage_options.std=none out",
-    ),
-    ("eval.pass_k", lambda c: c.eval.samples == 0, "set eval.samples to the number of responses a problem"),
-    ("eval.samples", _no_eval, "set eval.every to more than 0"),
-    ("eval.problems", _no_eval, "set eval.every to more than 0"),
-    ("eval.metric", _no_eval, "set eval.every to more than 0"),
-    (
-        "checkpoint.keep_best",
-        _no_eval,
-        "without held-out evaluation no checkpoint is the best: set eval.every to more than 0",
-    ),
-    (
-        "tracker.project",
-        lambda c: all(name == "tensorboard" for name in c.tracker.use),
-        "neither run folders nor TensorBoard have projects: tracker.use=[wandb]",
-    ),
-    ("data.eval_path", _no_eval, "set eval.every to more than 0"),
-    ("data.eval_size", _no_eval, "set eval.every to more than 0"),
-    (
-        "cluster.object_store_gib",
-        lambda c: c.cluster.address is not None,
-        "a cluster that runs already has its object store: leave it out",
-    ),
-]
-
-
-# (key, whether a cluster with so many GPUs ignores it, what to do). Recipes may say both: they run on either.
-_IGNORED_ON: list[tuple[str, Callable[[int], bool], str]] = [
-    ("rollout.kv_cache_gib", lambda gpus: gpus > 0, "on a GPU set rollout.gpu_memory_fraction"),
-    ("rollout.gpu_memory_fraction", lambda gpus: gpus == 0, "without a GPU set rollout.kv_cache_gib"),
-]
-
-
-def refuse_ignored_on(gpus: int, overridden: Iterable[str]) -> None:
-    """Refuses an override that a cluster with ``gpus`` GPUs would ignore; see :func:`refuse_ignored`."""
-    for key in overridden:
-        for ignored, holds, fix in _IGNORED_ON:
-            if key == ignored and holds(gpus):
-                where = f"a cluster with {gpus} GPUs" if gpus else "a cluster without GPUs"
-                raise UserError(f"{key} has no effect on {where}", where=key, fix=fix)
-
-
-def refuse_ignored(config: RunConfig, overridden: Iterable[str]) -> None:
-    """Refuses an override that the chosen combination would ignore.
-
-    Args:
-        overridden: dotted keys that the user set himself.
-
-    Raises:
-        UserError: naming the key and what would make it count.
-    """
-    for key in overridden:
-        for ignored, holds, fix in _IGNORED:
-            if (key == ignored or key.startswith(ignored + ".")) and holds(config):
-                raise UserError(f"{key} has no effect in this combination", where=key, fix=fix)
+def _check_budget(config: RunConfig) -> None:
+    """Sequences of a row stay together in a micro-batch: a response, the same behind a teacher's prompt, a pair."""
+    data, algorithm = config.data, config.algorithm
+    longest, count = data.max_prompt_tokens + data.max_response_tokens, 1
+    if not no_teacher(config):
+        longest, count = max(longest, config.hints.max_tokens + data.max_response_tokens), count + 1
+    if algorithm.preference.weight:
+        count = count + 2 if config.replay.source == "groups" else max(count, 2)
+    if count > 1 and config.trainer.micro_batch_tokens < count * longest:
+        teacher = "" if no_teacher(config) else ", or shorten hints.max_tokens"
+        raise UserError(
+            f"a row may have {count} sequences of {longest} tokens, which stay together, and a micro-batch "
+            f"{config.trainer.micro_batch_tokens} tokens",
+            where="trainer.micro_batch_tokens",
+            fix=f"set trainer.micro_batch_tokens={count * longest} or more{teacher}",
+        )

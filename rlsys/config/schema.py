@@ -293,7 +293,7 @@ class KLConfig:
 
 # Points (step, factor) that a factor on a weight runs through in straight lines; before the first and after the last it
 # stays as it is there. Empty: always 1.
-Schedule = list[tuple[NonNegative, NonNegativeFloat]]
+Schedule = list[Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=2)]]
 
 
 @dataclass(frozen=True, kw_only=True)

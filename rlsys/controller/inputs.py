@@ -7,21 +7,23 @@ import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase
 
-from rlsys.algorithms.advantages import check_estimator, estimate
-from rlsys.algorithms.losses import POLICY_LOSSES
+from rlsys.algorithms.requirements import needs_critic, needs_teacher
 from rlsys.batch import DataProto
 from rlsys.config.assets import bundled_model
 from rlsys.config.errors import UserError
-from rlsys.config.plugins import check_options
 from rlsys.config.schema import RunConfig, VllmRollout
+from rlsys.controller.trial import try_out
 from rlsys.data.base import load_dataset
 from rlsys.data.prompts import PromptEncoder, load_tokenizer
 from rlsys.data.sampler import PromptStream, held_out_batch
 from rlsys.engines.rollout.vllm_args import check_engine_args
 from rlsys.environments.base import ENVIRONMENTS
+from rlsys.replay.functional import functional_pattern
+from rlsys.replay.hints import TeacherContexts
+from rlsys.replay.pairs import PairStream, load_pairs
 from rlsys.rewards.compose import build_parts
 
 _CHECKED_PROMPTS = 20_000  # encoded before the run, so that one that is too long is found now; seconds
@@ -29,16 +31,19 @@ _CHECKED_PROMPTS = 20_000  # encoded before the run, so that one that is too lon
 
 @dataclass(frozen=True)
 class Inputs:
-    """config: with model.path resolved to a folder; held_out: None where there is no evaluation; max_length: longest
-    prompt and response together."""
+    """config: with paths of models resolved to folders; held_out: None where there is no evaluation; max_length:
+    longest prompt and response together; pairs, held_out_pairs: preference pairs of files; None: there are none."""
 
     config: RunConfig
     model_folder: Path
+    critic_folder: str
     prompts: PromptStream
     held_out: DataProto | None
     max_length: int
     train_rows: int
     parameters: int
+    pairs: PairStream | None = None
+    held_out_pairs: DataProto | None = None
 
 
 def check_inputs(config: RunConfig) -> Inputs:
@@ -47,10 +52,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     Raises:
         UserError: model, tokenizer, data, reward, estimator, loss or environment cannot be used.
     """
-    check_estimator(config.algorithm.advantage, config.algorithm.advantage_options, config.rollout.samples_per_prompt)
-    loss = POLICY_LOSSES.get(config.algorithm.loss, where="algorithm.loss")
-    check_options(loss, config.algorithm.loss_options, where="algorithm.loss_options")
-    _try_out(config)
+    try_out(config)
     ENVIRONMENTS.get(config.rollout.environment, where="rollout.environment")
     build_parts(config.reward.parts)
     if isinstance(config.rollout, VllmRollout) and config.rollout.engine_args:
@@ -67,9 +69,14 @@ def check_inputs(config: RunConfig) -> Inputs:
     config = replace(config, model=replace(config.model, path=str(folder)))
     max_length = config.data.max_prompt_tokens + config.data.max_response_tokens
     _check_length(folder, max_length)
+    tokenizer = load_tokenizer(str(folder))
+    _check_contexts(config, tokenizer)
+    config = _teacher(config, tokenizer)
+    critic = config.trainer.critic.path
+    critic_folder = str(find_model(critic)) if critic is not None and needs_critic(config) else str(folder)
     dataset = load_dataset(config.data)
     encoder = PromptEncoder(
-        load_tokenizer(str(folder)),
+        tokenizer,
         chat_template_path=config.model.chat_template,
         system_prompt=config.data.system_prompt,
         max_prompt_tokens=config.data.max_prompt_tokens,
@@ -93,16 +100,93 @@ def check_inputs(config: RunConfig) -> Inputs:
                 fix="set data.eval_path (data.eval_size), or eval.every=0",
             )
         held_out = held_out_batch(dataset.held_out, encoder, problems=config.eval.problems)
-    return Inputs(config, folder, stream, held_out, max_length, len(dataset.train), count_parameters(folder))
+    pairs, held_out_pairs = _pairs(config, encoder, tokenizer)
+    return Inputs(
+        config,
+        folder,
+        critic_folder,
+        stream,
+        held_out,
+        max_length,
+        len(dataset.train),
+        count_parameters(folder),
+        pairs,
+        held_out_pairs,
+    )
 
 
-def _try_out(config: RunConfig) -> None:
-    """Calls estimator and loss once on two made-up samples: what they say about their options' values they say now."""
-    algorithm = config.algorithm
-    advantages, _ = estimate(algorithm.advantage, torch.tensor([0.0, 1.0]), ["a", "a"], **algorithm.advantage_options)
-    loss = POLICY_LOSSES.get(algorithm.loss, where="algorithm.loss")
-    logprobs, mask = torch.tensor([-1.0, -2.0]), torch.tensor([True, True])
-    loss(logprobs, logprobs, advantages, mask, **algorithm.loss_options)
+def _check_contexts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Templates of teacher contexts, and the expression of functional tokens.
+
+    Raises:
+        UserError: one of them cannot be used.
+    """
+    if config.algorithm.functional_tokens is not None:
+        functional_pattern(config.algorithm.functional_tokens)
+    if needs_teacher(config):
+        TeacherContexts(
+            tokenizer,
+            config.hints,
+            chat_template_path=config.model.chat_template,
+            system_prompt=config.data.system_prompt,
+        )
+
+
+def _teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RunConfig:
+    """The configuration with the folder of a teacher of its own.
+
+    Raises:
+        UserError: it has another vocabulary than the policy.
+    """
+    distillation = config.algorithm.distillation
+    if not needs_teacher(config) or distillation.teacher != "model":
+        return config
+    if not distillation.teacher_path:
+        raise UserError(
+            "the teacher is a model of its own, and none is named",
+            where="algorithm.distillation.teacher_path",
+            fix="give a Hugging Face folder or hub id, or another algorithm.distillation.teacher",
+        )
+    folder = find_model(distillation.teacher_path)
+    mine, theirs = tokenizer.get_vocab(), load_tokenizer(str(folder)).get_vocab()
+    if mine != theirs:
+        differ = sum(theirs.get(word) != number for word, number in mine.items())
+        raise UserError(
+            f"the policy's tokenizer has {len(mine)} words and the teacher's {len(theirs)}, and {differ} of the "
+            "policy's are others to the teacher",
+            where="algorithm.distillation.teacher_path",
+            fix="use a teacher with the policy's tokenizer",
+        )
+    named = replace(distillation, teacher_path=str(folder))
+    return replace(config, algorithm=replace(config.algorithm, distillation=named))
+
+
+def _pairs(
+    config: RunConfig, encoder: PromptEncoder, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PairStream | None, DataProto | None]:
+    """The file's pairs, and those that are only measured.
+
+    Raises:
+        UserError: no file, or a row of it is malformed.
+    """
+    replay = config.replay
+    if not config.algorithm.preference.weight:
+        return None, None
+    limit = config.data.max_response_tokens
+    held_out = None
+    if replay.eval_path is not None:
+        found, _ = load_pairs(replay, replay.eval_path, encoder, tokenizer, limit)
+        held_out = PairStream(found, pairs_per_step=len(found), seed=config.seed).next_batch()
+    if replay.source == "groups":
+        return None, held_out
+    if not replay.path:
+        raise UserError(
+            f"replay.source={replay.source} reads pairs from a file, and none is named",
+            where="replay.path",
+            fix="set replay.path to a JSONL file, or replay.source=groups",
+        )
+    found, _ = load_pairs(replay, replay.path, encoder, tokenizer, limit)
+    return PairStream(found, pairs_per_step=replay.pairs_per_step, seed=config.seed), held_out
 
 
 def find_model(path: str) -> Path:

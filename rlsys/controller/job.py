@@ -11,42 +11,60 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
 from rlsys.algorithms.advantages import estimate
-from rlsys.batch import DataProto
+from rlsys.algorithms.channels.preference import needs_reference as preference_reads_reference
+from rlsys.algorithms.objective import StepSettings
+from rlsys.algorithms.requirements import (
+    needs_old_logprobs,
+    penalises_kl,
+    token_level,
+)
+from rlsys.batch import DataProto, jagged
+from rlsys.batch.balance import balanced_partitions
 from rlsys.batch.versions import WeightVersion
 from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
 from rlsys.config.errors import UserError
 from rlsys.config.schema import RunConfig
-from rlsys.controller.metrics import combine_updates, experience_metrics, mismatch_metrics
+from rlsys.controller import step_state
+from rlsys.controller.collecting import Collector
+from rlsys.controller.metrics import combine_updates, experience_metrics, hint_metrics, mismatch_metrics
 from rlsys.data.sampler import PromptStream
 from rlsys.engines.sync.verify import SyncError
 from rlsys.evals.heldout import evaluate
+from rlsys.replay.pairs import PairStream, reference_view, with_reference
 from rlsys.rewards.budget import FailureBudget
 from rlsys.tracking import alerts
+from rlsys.tracking.collapse import CollapseMonitor
 from rlsys.tracking.display import Display
 from rlsys.tracking.memory import MemoryMonitor
 from rlsys.tracking.run import RunFolder
 from rlsys.tracking.trackers import TrackerSet
-from rlsys.workers.experience import Experience, assign, collect
-from rlsys.workers.groups import ReferenceGroup, RewardGroup, RolloutGroup, TrainerGroup
-from rlsys.workers.rollout import SampleRequest
-from rlsys.workers.waits import StopFlag
+from rlsys.workers.experience import Experience, assign
+from rlsys.workers.groups import CriticGroup, ReferenceGroup, RewardGroup, RolloutGroup, TrainerGroup
+from rlsys.workers.trainer import Slice, TokenAdvantagesRequest
+from rlsys.workers.waits import StopFlag, gather
 
-_DEAD_STEPS = 20  # steps without input after which a loss channel stops the run
+_CRITIC = "critic"  # its folder in a checkpoint
 _UPDATE_GRACE_S = 10.0  # an update that has begun may finish, so that the checkpoint is that of a whole step
+
+
+class GuardStop(RuntimeError):
+    """A guard ended the run: it diverged or collapsed."""
 
 
 @dataclass
 class Groups:
-    """The four kinds of actor; no reference where nothing reads it."""
+    """The kinds of actor; no reference and no critic where nothing reads them."""
 
     trainer: TrainerGroup
     rollout: RolloutGroup
     reward: RewardGroup
     reference: ReferenceGroup | None
+    critic: CriticGroup | None = None
 
 
 @dataclass
@@ -64,6 +82,8 @@ class Job:
     """State of a run between the stages of a step.
 
     state: where the last whole step left data, versions and best figure.
+    pairs: preference pairs from a file; None: there is none.
+    held_out_pairs: of which margin and accuracy are measured at evaluations.
     whole: False while weights and optimiser are between two steps.
     """
 
@@ -75,8 +95,13 @@ class Job:
     observers: Observers
     stop: StopFlag
     state: ControllerState
+    pairs: PairStream | None = None
+    held_out_pairs: DataProto | None = None
+    collapse: CollapseMonitor = field(default_factory=lambda: CollapseMonitor({}))
     whole: bool = True
     _rows: list[list[np.ndarray]] = field(default_factory=list)
+    _baselines: np.ndarray | None = None
+    _extra: dict[str, Any] = field(default_factory=dict)
     _metrics: dict[str, float] = field(default_factory=dict)
     _seconds: dict[str, float] = field(default_factory=dict)
     _began: float = 0.0
@@ -90,6 +115,7 @@ class Job:
         # A checkpoint is written after its step's line: its time is in the next one.
         self._seconds = {name: s for name, s in self._seconds.items() if name == "checkpoint"}
         self._metrics, self._began = {}, time.monotonic()
+        self._extra = dict(self.state.extra)
 
     def next_prompts(self) -> DataProto:
         with self._phase("prompts"):
@@ -102,39 +128,38 @@ class Job:
             RewardBudgetExceeded: too many rewards failed.
         """
         self.observers.display.phase("rollout")
-        request = SampleRequest(
-            samples=self.config.rollout.samples_per_prompt,
-            temperature=self.config.rollout.temperature,
-            max_tokens=self.config.data.max_response_tokens,
-            run_seed=self.config.seed,
-        )
         groups = self.groups
-        experience = collect(
-            prompts,
-            request,
+        collector = Collector(
+            self.config,
             groups.rollout,
             groups.reward,
             groups.reference,
-            self.config.deadlines,
+            self.prompts,
             self.stop,
-            record_rows=self._recorded_rows(),
-            # The torch sampler's samples depend on its batch in the last bits: one shard a worker makes runs
-            # repeatable.
-            **({"shards_per_worker": 1} if self.config.rollout.engine == "torch" else {}),
+            self._check_experience,
+            self._recorded_rows(),
         )
+        experience, self._baselines, metrics = collector.step(prompts)
+        self._metrics |= metrics
         self._seconds |= experience.seconds
-        self._record_failures(experience.failures(), len(experience), step=self.state.step + 1)
-        self._require_current(experience)
         return experience
 
     def load(self, experience: Experience) -> None:
         """Each trainer rank fetches its rows from the workers that made them; whole groups, balanced by tokens."""
         with self._phase("load"):
-            trainer = self.config.trainer
-            self._rows = assign(experience, ranks=len(self.groups.trainer), updates=trainer.updates_per_step)
-            columns = (0,) if self.groups.reference is None else (0, 2)
+            trainer, ranks = self.config.trainer, len(self.groups.trainer)
+            self._rows = assign(experience, ranks=ranks, updates=trainer.updates_per_step)
+            columns = range(3 if self.groups.reference is not None else 2)
             slices = [[experience.slices(rows, columns) for rows in updates] for updates in self._rows]
-            self.groups.trainer.load_batch(slices, bypass=self.config.algorithm.old_logprobs == "sampler")
+            wants_pairs = self.config.algorithm.preference.weight > 0
+            self.groups.trainer.load_batch(
+                slices,
+                pairs=self._next_pairs() if self.pairs is not None else None,
+                group_gap=self.config.replay.min_gap if wants_pairs and self.pairs is None else None,
+                bypass=self.config.algorithm.old_logprobs == "sampler",
+            )
+            if self.groups.critic is not None:
+                self.groups.critic.load_batch(slices)
 
     def old_logprobs(self) -> np.ndarray | None:
         """π_old of the step's samples, unless the first update computes it on the way.
@@ -145,7 +170,7 @@ class Job:
         if not needs_old_logprobs(self.config):
             return None
         with self._phase("old_logprobs"):
-            penalise = reward_kl(self.config)
+            penalise = penalises_kl(self.config)
             ranks = self.groups.trainer.forward(reference_kl=self.config.algorithm.kl.estimator if penalise else None)
             self._metrics |= mismatch_metrics([part for rank in ranks for part in rank.mismatch])
             if not penalise:
@@ -153,24 +178,37 @@ class Job:
             result = np.zeros(sum(len(rows) for updates in self._rows for rows in updates))
             for updates, rank in zip(self._rows, ranks, strict=True):
                 for rows, sums in zip(updates, rank.kl_sums or [], strict=True):
-                    result[rows] = sums
+                    result[rows] = sums[: len(rows)]  # pairs follow the samples
             return result
 
     def advantages(self, experience: Experience, reference_kl: np.ndarray | None) -> np.ndarray:
-        """[B] one advantage a sample, from its group's rewards."""
-        algorithm = self.config.algorithm
+        """[B] one advantage a sample, from its group's rewards; where the estimator goes by tokens the trainer ranks
+        keep theirs, and this is the mean of each sample's."""
         rewards = experience.rewards.astype(np.float64)
-        if reference_kl is not None:
-            rewards = rewards - algorithm.kl.coef * reference_kl
-            self._metrics["policy/kl_ref"] = float(
-                reference_kl.sum() / max(experience.rollout("sampled_tokens").sum(), 1)
-            )
         if self.config.reward.permute:
             rewards = np.random.default_rng([self.config.seed, self.state.step]).permutation(rewards)
+        if reference_kl is not None:
+            coef = step_state.kl_coef(self.config, self.state.extra)
+            mean = float(reference_kl.sum() / max(experience.rollout("sampled_tokens").sum(), 1))
+            self._metrics |= {"policy/kl_ref": mean, "policy/kl_coef": coef}
+            self._extra = step_state.after_kl(self.config, self._extra, mean, len(experience))
+            if not token_level(self.config):
+                rewards = rewards - coef * reference_kl
+        if token_level(self.config):
+            return self._token_advantages(rewards)
+        algorithm = self.config.algorithm
+        parts = self.config.reward.parts
+        inputs = {
+            "lengths": torch.from_numpy(experience.rollout("sampled_tokens")),
+            "scores": {name: torch.from_numpy(experience.scores(name)) for name in parts},
+            "weights": {name: part.weight for name, part in parts.items()},
+            "baselines": None if self._baselines is None else torch.from_numpy(self._baselines),
+        }
         advantages, metrics = estimate(
             algorithm.advantage,
             torch.from_numpy(rewards),
             list(experience.rollout("uids")),
+            inputs=inputs,
             **algorithm.advantage_options,
         )
         self._metrics |= {f"advantage/{name}": value for name, value in metrics.items()}
@@ -179,18 +217,43 @@ class Job:
     def update(self, experience: Experience, advantages: np.ndarray) -> None:
         """The optimiser steps of this training step; from here on the step counts as done."""
         with self._phase("update"):
-            updates = self.config.trainer.updates_per_step
+            config, step = self.config, self.state.step + 1
             self.stop.grace_s = _UPDATE_GRACE_S
             totals: list[dict[str, float]] = []
-            for u in range(updates):
-                columns = [{"advantages": advantages[rank[u]]} for rank in self._rows]
-                metrics = self.groups.trainer.forward_backward(u, columns)
-                self.whole = False  # gradients change nothing; from the first optimiser step on weights are in between
-                totals.append(metrics | self.groups.trainer.optim_step())
+            for u in range(config.trainer.updates_per_step):
+                number = self.state.step * config.trainer.updates_per_step + u + 1
+                totals.append(self._update(u, advantages, step_state.settings(config, self._extra, step)))
+                self._extra = step_state.after_update(config, self._extra, totals[-1], number)
             self.stop.grace_s, self.whole = 0.0, True
         self._metrics |= combine_updates(totals)
-        self.state = replace(self.state, step=self.state.step + 1, data=self.prompts.state_dict())
+        extra = self._extra | ({"pairs": self.pairs.state_dict()} if self.pairs is not None else {})
+        self.state = replace(self.state, step=step, data=self.prompts.state_dict(), extra=extra)
         self._unwritten = (experience, advantages)
+
+    def _update(self, u: int, advantages: np.ndarray, settings: StepSettings) -> dict[str, float]:
+        """One optimiser step of the policy and, where there is one, of the critic."""
+        groups = self.groups
+        metrics: dict[str, float] = {}
+        if groups.critic is not None:
+            metrics |= groups.critic.forward_backward(u, [{} for _ in self._rows])
+            self.whole = False
+            stepped = groups.critic.optim_step()
+            metrics |= {f"critic/{name.removeprefix('train/')}": value for name, value in stepped.items()}
+            metrics = {name.replace("train/", "critic/"): value for name, value in metrics.items()}
+            self._guard_skipped(metrics["critic/skipped"], u, groups.critic)
+            if self.state.step < self.config.trainer.critic.warmup_steps:
+                return metrics
+        columns = [{} if token_level(self.config) else {"advantages": advantages[rank[u]]} for rank in self._rows]
+        metrics |= groups.trainer.forward_backward(
+            u, columns, settings, channel_gradients=self.config.guards.channel_gradients
+        )
+        self.whole = False  # gradients change nothing; from the first optimiser step on weights are in between
+        metrics |= groups.trainer.optim_step()
+        metrics |= {f"{name}/weight": weight for name, weight in settings.weights.items() if f"{name}/loss" in metrics}
+        t = step_state.taid_t(self.config, self._extra)
+        metrics |= {} if t is None else {"distillation/t": t}
+        self._guard_skipped(metrics["train/skipped"], u, groups.trainer)
+        return metrics
 
     def sync_weights(self) -> None:
         """Hands the trainer's weights to the samplers and checks that they arrived."""
@@ -216,6 +279,7 @@ class Job:
                 self.config, self.held_out, self.groups.rollout, self.groups.reward, self.stop
             )
         self._record_failures(failures, rows, step=step)
+        metrics |= self._held_out_pairs()
         done = {"evaluated": step, "accuracy": metrics["eval/accuracy"]}
         self.state = replace(self.state, extra=self.state.extra | done)
         if self._began:
@@ -236,6 +300,8 @@ class Job:
         metrics |= {"version/lineage": self.state.lineage, "version/step": self.state.step}
         metrics["memory/pss_bytes"] = float(self.observers.memory.peak_bytes)
         raised = alerts.check(metrics, mismatch_alarm=self.config.rollout.mismatch_alarm)
+        collapsed = self.collapse.check(metrics, self.state.step)
+        raised = [*raised, *collapsed]
         metrics |= alerts.as_metrics(raised)
         for alert in raised:
             self.observers.folder.log_event("alert", alert.text, step=self.state.step)
@@ -244,6 +310,8 @@ class Job:
         self._write_rollouts(experience, advantages)
         self._began = 0.0
         self._stop_on_dead_channel(metrics)
+        if collapsed and self.config.guards.on_collapse == "stop":
+            raise GuardStop(f"the run collapsed at step {self.state.step}: {collapsed[0].text}")
 
     def checkpoint_if_due(self) -> None:
         if self.state.step % self.config.checkpoint.every == 0 or self.state.step == self.config.steps:
@@ -257,6 +325,10 @@ class Job:
             partial = self.store.begin(self.state.step)
             try:
                 self.groups.trainer.save_state(str(partial))
+                if self.groups.critic is not None:
+                    (partial / _CRITIC).mkdir()
+                    self.groups.critic.save_state(str(partial / _CRITIC))
+                self.state = replace(self.state, extra=self.state.extra | {"collapse": self.collapse.state_dict()})
                 self.state.write(partial)
                 current = self.state.extra.get("evaluated") == self.state.step
                 path = self.store.commit(
@@ -274,7 +346,13 @@ class Job:
     def restore(self, checkpoint: Path) -> None:
         """Trainer, data and controller as they were when ``checkpoint`` was written."""
         self.groups.trainer.load_state(str(checkpoint))
+        if self.groups.critic is not None:
+            self.groups.critic.load_state(str(checkpoint / _CRITIC))
         self.prompts.load_state_dict(self.state.data)
+        if self.pairs is not None and "pairs" in self.state.extra:
+            self.pairs.load_state_dict(self.state.extra["pairs"])
+        if "collapse" in self.state.extra:
+            self.collapse.load_state_dict(self.state.extra["collapse"])
         self._saved_step = self.state.step
 
     # --- inside ---
@@ -299,9 +377,94 @@ class Job:
     def _write_rollouts(self, experience: Experience, advantages: np.ndarray) -> None:
         records = [record for shard in experience.shards for record in shard.reward.records]
         if records:
-            # The recorded rows are the step's first ones, in order.
-            rows = [record | {"advantage": float(a)} for record, a in zip(records, advantages, strict=False)]
+            own = _by_sample(experience, advantages)
+            # None: the group was filtered out
+            rows = [record | {"advantage": own.get((record["uid"], record["sample_index"]))} for record in records]
             self.observers.folder.write_rollouts(self.state.step, rows)
+
+    def _check_experience(self, experience: Experience) -> None:
+        self._record_failures(experience.failures(), len(experience), step=self.state.step + 1)
+        self._require_current(experience)
+        self._metrics |= hint_metrics(experience)
+
+    def _token_advantages(self, rewards: np.ndarray) -> np.ndarray:
+        """[B] the mean advantage of each sample."""
+        algorithm = self.config.algorithm
+        with self._phase("advantages"):
+            values = self.groups.critic.values() if self.groups.critic is not None else None
+            penalised = penalises_kl(self.config)
+            requests = [
+                TokenAdvantagesRequest(
+                    algorithm.advantage,
+                    algorithm.advantage_options,
+                    [rewards[rows] for rows in updates],
+                    step_state.kl_coef(self.config, self.state.extra) if penalised else 0.0,
+                    algorithm.kl.estimator if penalised else None,
+                )
+                for updates in self._rows
+            ]
+            returns, summaries = self.groups.trainer.token_advantages(requests, values)
+            if self.groups.critic is not None:
+                self.groups.critic.join(returns)
+        result = np.zeros(len(rewards), dtype=np.float32)
+        for updates, summary in zip(self._rows, summaries, strict=True):
+            for rows, means in zip(updates, summary.means, strict=True):
+                result[rows] = means[: len(rows)]
+        self._metrics |= summaries[0].metrics
+        return result
+
+    def _next_pairs(self) -> list[list[list[Slice]]]:
+        """The step's pairs from the file, with reference log-probs where the loss reads them: [rank][update] slices."""
+        assert self.pairs is not None
+        pairs = self._with_reference(self.pairs.next_batch())
+        ref = ray.put(pairs)
+        tokens = sum(jagged.lengths(pairs.batch[f"{side}_ids"]) for side in ("chosen", "rejected"))
+        ranks, updates = len(self.groups.trainer), self.config.trainer.updates_per_step
+        result: list[list[list[Slice]]] = [[] for _ in range(ranks)]
+        for members in np.array_split(np.arange(len(pairs)), updates):
+            parts = balanced_partitions([int(tokens[row]) for row in members], ranks)
+            for rank, part in enumerate(parts):
+                result[rank].append([Slice((ref,), members[part])] if part else [])
+        return result
+
+    def _with_reference(self, pairs: DataProto) -> DataProto:
+        """Pairs with the columns ``…_ref_logprobs``, unless the loss does without."""
+        if self.groups.reference is None or not preference_reads_reference(self.config.algorithm.preference.loss):
+            return pairs
+        for side in ("chosen", "rejected"):
+            column, call = self.groups.reference.logprobs(ray.put(reference_view(pairs, side)))
+            gather([call], phase="reference", seconds=self.config.deadlines.reference, stop=self.stop)
+            pairs = with_reference(pairs, side, ray.get(column))
+        return pairs
+
+    def _held_out_pairs(self) -> dict[str, float]:
+        """Margin and accuracy on preference pairs that are never trained on."""
+        if self.held_out_pairs is None:
+            return {}
+        preference = self.config.algorithm.preference
+        if preference_reads_reference(preference.loss) and "chosen_ref_logprobs" not in self.held_out_pairs.batch:
+            self.held_out_pairs = self._with_reference(self.held_out_pairs)
+        margins = self.groups.trainer.pair_margins(self.held_out_pairs, preference.loss, preference.loss_options)
+        return {"eval/pair_margin": float(np.mean(margins)), "eval/pair_accuracy": float(np.mean(margins > 0))}
+
+    def _guard_skipped(self, skipped: float, update: int, group: TrainerGroup) -> None:
+        """An update with a loss or gradient that is not finite has been skipped: its batch is kept, and the run goes on
+        unless that has happened too often."""
+        if not skipped:
+            return
+        step = self.state.step + 1
+        folder = self.observers.folder.path / "skipped" / f"step-{step:06d}-update-{update}"
+        folder.mkdir(parents=True, exist_ok=True)
+        group.save_batch(update, folder)
+        self._extra["skipped"] = count = int(self._extra.get("skipped", 0)) + 1
+        text = f"loss or gradient of step {step} is not finite: the update was skipped, its batch is in {folder}"
+        self.observers.folder.log_event("skipped", text, step=step)
+        self.observers.display.note(text, alert=True)
+        if count > self.config.guards.max_skipped:
+            raise GuardStop(
+                f"{count} updates had a loss or gradient that is not finite, and guards.max_skipped allows "
+                f"{self.config.guards.max_skipped}: lower trainer.lr, or look at the batches in {folder.parent}"
+            )
 
     def _record_failures(self, failures: list[dict[str, Any]], samples: int, *, step: int) -> None:
         FailureBudget(self.config.reward.max_failure_rate).check(failures, total=samples)
@@ -319,24 +482,31 @@ class Job:
 
     def _stop_on_dead_channel(self, metrics: dict[str, float]) -> None:
         """A channel that finds no input for many steps is a mistake in the configuration, not patience."""
+        limit = self.config.guards.dead_steps
         for name, fraction in metrics.items():
             if name.endswith("/live_fraction"):
                 self._dead_steps[name] = 0 if fraction else self._dead_steps[name] + 1
-                if self._dead_steps[name] >= _DEAD_STEPS:
+                if self._dead_steps[name] >= limit:
                     channel = name.removesuffix("/live_fraction")
+                    why = _NO_INPUT.get(channel, "no sampled token reached it")
                     raise UserError(
-                        f"the loss channel '{channel}' found no input in {_DEAD_STEPS} steps",
+                        f"the loss channel '{channel}' found no input in {limit} steps: {why}",
                         where=f"step {self.state.step}",
-                        fix="give it weight 0, or look at the rollouts: no sampled token reached it",
+                        fix="give it weight 0, or look at the rollouts",
                     )
 
 
-def reward_kl(config: RunConfig) -> bool:
-    """Whether the KL to the reference is a penalty on the reward."""
-    return config.algorithm.kl.coef > 0 and config.algorithm.kl.placement == "reward"
+_NO_INPUT = {
+    "distillation": "no response had a teacher's context (hints.source, hints.threshold)",
+    "preference": "no pair was found (replay.source, replay.min_gap)",
+}
 
 
-def needs_old_logprobs(config: RunConfig) -> bool:
-    """Whether π_old takes a forward pass of its own. With one optimiser step a batch the update computes it on the
-    way; with ``old_logprobs=sampler`` the sampler has."""
-    return reward_kl(config) or (config.trainer.updates_per_step > 1 and config.algorithm.old_logprobs == "trainer")
+def _by_sample(experience: Experience, values: np.ndarray) -> dict[tuple[str, int], float]:
+    """By uid and sample index: groups come whole and in the order of their samples."""
+    seen: Counter[str] = Counter()
+    result = {}
+    for uid, value in zip(experience.rollout("uids"), values, strict=True):
+        result[uid, seen[uid]] = float(value)
+        seen[uid] += 1
+    return result

@@ -8,6 +8,7 @@ import numpy as np
 
 from rlsys.algorithms.mismatch import Mismatch
 from rlsys.config.schema import RunConfig
+from rlsys.replay.hints import HintCounts
 from rlsys.workers.experience import Experience
 
 
@@ -33,6 +34,16 @@ def experience_metrics(experience: Experience, config: RunConfig, *, step: int) 
         warnings.simplefilter("ignore", RuntimeWarning)  # a part whose condition held nowhere has the mean NaN
         metrics |= {f"reward/{part}": float(np.nanmean(experience.scores(part))) for part in config.reward.parts}
     return metrics
+
+
+def hint_metrics(experience: Experience) -> dict[str, float]:
+    """``hints/…``: how many samples got a teacher's context, from which source, and how many were cut."""
+    found = [shard.reward.hints for shard in experience.shards if shard.reward.hints is not None]
+    if not found:
+        return {}
+    total = sum(found, HintCounts())
+    counts = {"live": total.live, "truncated": total.truncated, "too_long": total.too_long, **total.sources}
+    return {f"hints/{name}": float(number) for name, number in counts.items()}
 
 
 def mismatch_metrics(parts: list[Mismatch]) -> dict[str, float]:

@@ -8,40 +8,41 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rlsys.algorithms.objective import Objective, PolicyGradient
+from rlsys.algorithms.requirements import critic_objective, needs_critic, needs_reference, needs_teacher, objective
 from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
-from rlsys.cluster.placement import needs_reference, plan
+from rlsys.cluster.placement import plan
 from rlsys.cluster.session import Placement, Session, connect
-from rlsys.config.build import refuse_ignored_on
 from rlsys.config.compose import overridden_keys
 from rlsys.config.errors import UserError
+from rlsys.config.ignored import refuse_ignored_on
 from rlsys.config.schema import RunConfig
 from rlsys.controller.inputs import Inputs, check_inputs
-from rlsys.controller.job import Groups, Job, Observers, needs_old_logprobs
+from rlsys.controller.job import Groups, GuardStop, Job, Observers
 from rlsys.controller.loop import train
 from rlsys.controller.resume import Origin, find_origin
 from rlsys.engines.sync.verify import SyncError
 from rlsys.rewards.budget import RewardBudgetExceeded
 from rlsys.tracking import summary as summaries
 from rlsys.tracking.blocks import header_rows
+from rlsys.tracking.collapse import CollapseMonitor
 from rlsys.tracking.display import make_display
 from rlsys.tracking.memory import MemoryMonitor
 from rlsys.tracking.plots import plot_run
 from rlsys.tracking.run import RunFolder
 from rlsys.tracking.secrets import mask
 from rlsys.tracking.trackers import TrackerSet
-from rlsys.workers.groups import ReferenceGroup, RewardGroup, RolloutGroup, TrainerGroup
+from rlsys.workers.groups import CriticGroup, ReferenceGroup, RewardGroup, RolloutGroup, TrainerGroup
 from rlsys.workers.waits import ActorFailed, DeadlineExceeded, StopFlag, StopRequested, gather
 
 FINISHED, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 # What ends a run without being a bug: said in words, after a checkpoint where one can still be written.
-_EXPECTED = (DeadlineExceeded, ActorFailed, SyncError, RewardBudgetExceeded, UserError)
+_EXPECTED = (DeadlineExceeded, ActorFailed, SyncError, RewardBudgetExceeded, GuardStop, UserError)
 
 
 def run_job(config: RunConfig, overrides: Sequence[str] = ()) -> int:
@@ -183,15 +184,13 @@ def _job(
         observers=observers,
         stop=stop,
         state=state,
+        pairs=inputs.pairs,
+        held_out_pairs=inputs.held_out_pairs,
+        collapse=CollapseMonitor(config.guards.limits, config.guards.every),
     )
-    own_pass = needs_old_logprobs(config)
-    channel = PolicyGradient.from_config(
-        config.algorithm,
-        horizon=config.data.max_response_tokens,
-        old_logprobs="column" if own_pass or config.algorithm.old_logprobs == "sampler" else "self",
-        mismatch=not own_pass,
-    )
-    groups.trainer.set_objective(Objective({"policy": (channel, 1.0)}))
+    groups.trainer.set_objective(objective(config))
+    if groups.critic is not None:
+        groups.critic.set_objective(critic_objective(config))
     if origin is not None:
         job.restore(origin.checkpoint)
     return job
@@ -236,6 +235,7 @@ def _groups(
             rollout=group(RolloutGroup),
             reward=group(RewardGroup),
             reference=group(ReferenceGroup) if needs_reference(config) else None,
+            critic=group(CriticGroup) if needs_critic(config) else None,
         )
         samplers = groups.rollout.starting(resolved, inputs.max_length)
         if session.gpus:  # vLLM measures the GPU while it starts, and takes what others load meanwhile for its own
@@ -247,7 +247,17 @@ def _groups(
             temperature=config.rollout.temperature,
             total_steps=config.steps * config.trainer.updates_per_step,
             seed=config.seed,
+            distillation=resolved.algorithm.distillation if needs_teacher(config) else None,
         )
+        if groups.critic is not None:
+            critic = config.trainer.critic
+            trainers += groups.critic.starting(
+                replace(resolved.model, path=inputs.critic_folder),
+                replace(resolved.trainer, lr=critic.lr),
+                temperature=config.rollout.temperature,
+                total_steps=config.steps * config.trainer.updates_per_step,
+                seed=config.seed,
+            )
         others = [*groups.reward.starting(resolved), *(groups.reference.starting(resolved) if groups.reference else [])]
         gather([*samplers, *trainers, *others], phase="start", seconds=deadlines.start, stop=stop)
         if session.nodes > 1:

@@ -80,8 +80,11 @@ class PromptStream:
         self._order = PromptOrder(len(rows), seed, shuffle)
         self.position = DataPosition()
 
-    def next_batch(self) -> DataProto:
+    def next_batch(self, count: int | None = None) -> DataProto:
         """Columns uid (``ROW@EPOCH``), prompt_ids, task and messages of the next prompts.
+
+        Args:
+            count: how many; None: those of a step.
 
         Raises:
             UserError: a prompt is too long, and it was not asked to drop it; or all of them are.
@@ -90,8 +93,9 @@ class PromptStream:
         prompts: list[list[int]] = []
         uids: list[str] = []
         dropped_in_a_row = 0
-        while len(prompts) < self._prompts_per_step:
-            places, self.position = self._order.take(self.position, self._prompts_per_step - len(prompts))
+        wanted = self._prompts_per_step if count is None else count
+        while len(prompts) < wanted:
+            places, self.position = self._order.take(self.position, wanted - len(prompts))
             drawn = [self._data[row] for row, _ in places]
             for row, (_, epoch), ids in zip(drawn, places, self._encoder.encode_many(drawn), strict=True):
                 if ids is None:

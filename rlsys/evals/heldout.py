@@ -28,7 +28,9 @@ def evaluate(
     greedy = SampleRequest(samples=1, temperature=0.0, max_tokens=config.data.max_response_tokens, run_seed=config.seed)
 
     def sample(request: SampleRequest) -> Experience:
-        return collect(problems, request, rollout, reward, None, config.deadlines, stop, shards_per_worker=1)
+        return collect(
+            problems, request, rollout, reward, None, config.deadlines, stop, shards_per_worker=1, train=False
+        )
 
     answers = sample(greedy)
     metrics = greedy_metrics(_correct(config, answers))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import ray
@@ -19,7 +19,7 @@ from rlsys.workers.rollout import RolloutSummary, SampleRequest
 from rlsys.workers.trainer import Slice
 from rlsys.workers.waits import Call, StopFlag, as_completed, gather
 
-_SHARDS_PER_WORKER = 4  # so that rewards of the first are computed while the last is still sampled
+SHARDS_PER_WORKER = 4  # so that rewards of the first are computed while the last is still sampled
 
 
 @dataclass(frozen=True)
@@ -33,29 +33,53 @@ class Shard:
 
 @dataclass(frozen=True)
 class Experience:
-    """Whole prompt groups, in the order of the prompts. Rows are numbered over all shards.
+    """Whole prompt groups, in the order of the prompts.
 
     seconds: how long the last shard of each stage took after the last of the stage before.
+    kept: rows that are trained on, as numbers over all shards, ascending; None: all. B counts these alone.
     """
 
     shards: list[Shard]
     seconds: dict[str, float]
+    kept: np.ndarray | None = None
 
     def __len__(self) -> int:
+        return self.generated if self.kept is None else len(self.kept)
+
+    @property
+    def generated(self) -> int:
+        """Rows of all shards."""
         return sum(len(shard.rollout) for shard in self.shards)
 
     def rollout(self, name: str) -> np.ndarray:
         """[B] one field of the rollout summaries."""
-        return np.concatenate([getattr(shard.rollout, name) for shard in self.shards])
+        return self._kept(np.concatenate([getattr(shard.rollout, name) for shard in self.shards]))
 
     @property
     def rewards(self) -> np.ndarray:
         """[B] float32"""
-        return np.concatenate([shard.reward.rewards for shard in self.shards])
+        return self._kept(np.concatenate([shard.reward.rewards for shard in self.shards]))
 
     def scores(self, part: str) -> np.ndarray:
         """[B] float64, NaN where the part's condition did not hold."""
-        return np.concatenate([shard.reward.scores[part] for shard in self.shards])
+        return self._kept(np.concatenate([shard.reward.scores[part] for shard in self.shards]))
+
+    def keep(self, rows: np.ndarray) -> Experience:
+        """These of the B rows alone (mask [B])."""
+        return replace(self, kept=self._kept(np.arange(self.generated))[rows])
+
+    def followed_by(self, other: Experience) -> Experience:
+        """Rows of both."""
+        kept = [e._kept(np.arange(e.generated)) for e in (self, other)]
+        stages = dict.fromkeys((*self.seconds, *other.seconds))
+        return Experience(
+            [*self.shards, *other.shards],
+            {stage: self.seconds.get(stage, 0.0) + other.seconds.get(stage, 0.0) for stage in stages},
+            np.concatenate([kept[0], kept[1] + self.generated]),
+        )
+
+    def _kept(self, values: np.ndarray) -> np.ndarray:
+        return values if self.kept is None else values[self.kept]
 
     @property
     def tokens(self) -> np.ndarray:
@@ -71,8 +95,9 @@ class Experience:
         return [failure for shard in self.shards for failure in shard.reward.failures]
 
     def slices(self, rows: np.ndarray, columns: Sequence[int]) -> list[Slice]:
-        """Global rows (ascending) as slices of their shards, with the columns at these positions."""
+        """These of the B rows (ascending) as slices of their shards, with the columns at these positions."""
         pieces, start = [], 0
+        rows = rows if self.kept is None else self.kept[rows]
         for shard in self.shards:
             inside = rows[(rows >= start) & (rows < start + len(shard.rollout))] - start
             if len(inside):
@@ -91,13 +116,15 @@ def collect(
     stop: StopFlag,
     *,
     record_rows: int = 0,
-    shards_per_worker: int = _SHARDS_PER_WORKER,
+    shards_per_worker: int = SHARDS_PER_WORKER,
+    train: bool = True,
 ) -> Experience:
     """prompts → rollout → reward and reference, each of which starts on a shard as soon as it has been sampled.
 
     Args:
         record_rows: so many rows, from the first, come back in full for people to read.
         shards_per_worker: 1 keeps the composition of the sampler's batches the same from run to run.
+        train: whether what the loss needs beside rewards is written too.
     """
     clock = [time.monotonic()]
     pieces = list(_cut(prompts, len(rollout) * shards_per_worker))
@@ -112,7 +139,9 @@ def collect(
         index = order[call.ref]
         sampled[index] = summary
         wanted = int(np.clip(record_rows - rows_before[index], 0, len(summary)))
-        rewards, scored = reward.score(call.payload, record_rows=wanted, step_rows=int(rows_before[-1]), payload=index)
+        rewards, scored = reward.score(
+            call.payload, record_rows=wanted, step_rows=int(rows_before[-1]), payload=index, train=train
+        )
         scoring.append(scored)
         columns[index] = (call.payload, rewards)
         if reference is not None:

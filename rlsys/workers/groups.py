@@ -7,21 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 from rlsys.algorithms.kl import KLEstimator
-from rlsys.algorithms.objective import Objective
+from rlsys.algorithms.objective import Objective, StepSettings
+from rlsys.algorithms.requirements import needs_teacher
 from rlsys.batch import DataProto
 from rlsys.batch.versions import WeightVersion
 from rlsys.cluster.placement import ActorSpec
 from rlsys.cluster.session import Placement
 from rlsys.config.errors import UserError
-from rlsys.config.schema import DeadlineConfig, ModelConfig, RunConfig, TrainerConfig
+from rlsys.config.schema import DeadlineConfig, DistillationConfig, ModelConfig, RunConfig, TrainerConfig
 from rlsys.engines.sync.verify import check_sync
 from rlsys.workers.reference import ReferenceWorker
-from rlsys.workers.reward import RewardSummary, RewardWorker
+from rlsys.workers.reward import ContextSettings, RewardSummary, RewardWorker
 from rlsys.workers.rollout import RolloutSummary, RolloutWorker, SampleRequest
-from rlsys.workers.trainer import ForwardSummary, Slice, TrainerWorker
+from rlsys.workers.trainer import AdvantageSummary, ForwardSummary, Slice, TokenAdvantagesRequest, TrainerWorker
 from rlsys.workers.waits import ActorFailed, Call, DeadlineExceeded, StopFlag, gather
 
 _CLOSE_S = 5.0
@@ -130,16 +132,27 @@ class RewardGroup(_Group):
     role, worker = "reward", RewardWorker
 
     def starting(self, config: RunConfig) -> list[Call]:
+        settings = ContextSettings(
+            hints=config.hints if needs_teacher(config) else None,
+            functional_tokens=config.algorithm.functional_tokens,
+            chat_template=config.model.chat_template,
+            system_prompt=config.data.system_prompt,
+        )
         return [
-            a.call("start", config.model.path, config.reward, what="starting reward processes") for a in self._actors
+            a.call("start", config.model.path, config.reward, settings, what="starting reward processes")
+            for a in self._actors
         ]
 
     def score(
-        self, batch: ray.ObjectRef, *, record_rows: int, step_rows: int, payload: Any
+        self, batch: ray.ObjectRef, *, record_rows: int, step_rows: int, payload: Any, train: bool = True
     ) -> tuple[ray.ObjectRef, Call]:
-        """The reference of the shard's reward columns, and the call whose answer is its RewardSummary."""
+        """The reference of the shard's reward columns, and the call whose answer is its RewardSummary.
+
+        Args:
+            train: also write what the loss needs (see RewardWorker.score).
+        """
         actor = self._actors[0]
-        columns, summary = actor.handle.score.options(num_returns=2).remote(batch, record_rows, step_rows)
+        columns, summary = actor.handle.score.options(num_returns=2).remote(batch, record_rows, step_rows, train)
         return columns, Call(summary, actor.spec.name, "rewards of a shard", payload)
 
 
@@ -175,10 +188,22 @@ class TrainerGroup(_Group):
         return spec.index, count
 
     def starting(
-        self, model: ModelConfig, trainer: TrainerConfig, *, temperature: float, total_steps: int, seed: int
+        self,
+        model: ModelConfig,
+        trainer: TrainerConfig,
+        *,
+        temperature: float,
+        total_steps: int,
+        seed: int,
+        distillation: DistillationConfig | None = None,
     ) -> list[Call]:
-        """Ranks meet and load. temperature: of the sampler (1 for supervised training); total_steps: optimiser steps
-        that the schedule spans."""
+        """Ranks meet and load.
+
+        Args:
+            temperature: of the sampler (1 for supervised training).
+            total_steps: optimiser steps that the schedule spans.
+            distillation: the teacher that the objective will ask for; None: none.
+        """
         address = self._gather([self._actors[0].call("address", what="its address")], "start")[0]
         return [
             a.call(
@@ -191,7 +216,9 @@ class TrainerGroup(_Group):
                 seed=seed,
                 threads=a.spec.threads,
                 collective_timeout_s=self._deadlines.train,
-                what="loading the trainer",
+                distillation=distillation,
+                critic=self.role == "critic",
+                what=f"loading the {self.role}",
             )
             for a in self._actors
         ]
@@ -214,23 +241,87 @@ class TrainerGroup(_Group):
     def set_objective(self, objective: Objective) -> None:
         self._all("set_objective", objective, phase="start", what="the objective")
 
-    def load_batch(self, ranks: list[list[list[Slice]]], *, bypass: bool = False) -> None:
-        """ranks[r][u]: the slices of rank r in optimiser step u; bypass: π_old := μ."""
-        self._gather(
-            [a.call("load_batch", ranks[a.spec.index], bypass=bypass, what="its rows") for a in self._actors], "train"
-        )
+    def load_batch(
+        self,
+        ranks: list[list[list[Slice]]],
+        *,
+        pairs: list[list[list[Slice]]] | None = None,
+        group_gap: float | None = None,
+        bypass: bool = False,
+    ) -> None:
+        """ranks[r][u]: the slices of rank r in optimiser step u; pairs likewise; see TrainerWorker.load_batch."""
+        calls = [
+            a.call(
+                "load_batch",
+                ranks[a.spec.index],
+                pairs=None if pairs is None else pairs[a.spec.index],
+                group_gap=group_gap,
+                bypass=bypass,
+                what="its rows",
+            )
+            for a in self._actors
+        ]
+        self._gather(calls, "train")
 
     def forward(self, *, reference_kl: KLEstimator | None) -> list[ForwardSummary]:
         """reference_kl: how the KL to the reference is estimated, where it is asked for."""
         return self._all("forward", reference_kl=reference_kl, phase="train", what="old log-probs")
 
-    def forward_backward(self, update: int, columns: list[dict[str, Any]]) -> dict[str, float]:
-        """columns[r]: per-sample values of rank r's rows."""
+    def token_advantages(
+        self, requests: list[TokenAdvantagesRequest], values: list[ray.ObjectRef] | None
+    ) -> tuple[list[ray.ObjectRef], list[AdvantageSummary]]:
+        """requests[r], values[r]: of rank r.
+
+        Returns:
+            By rank: the reference of the ``returns`` of its updates' rows, and its advantages' summary.
+        """
+        refs = [
+            a.handle.token_advantages.options(num_returns=2).remote(
+                requests[a.spec.index], None if values is None else values[a.spec.index]
+            )
+            for a in self._actors
+        ]
+        calls = [Call(means, a.spec.name, "advantages") for a, (_, means) in zip(self._actors, refs, strict=True)]
+        return [returns for returns, _ in refs], self._gather(calls, "train")
+
+    def forward_backward(
+        self,
+        update: int,
+        columns: list[dict[str, Any]],
+        settings: StepSettings | None = None,
+        *,
+        channel_gradients: bool = False,
+    ) -> dict[str, float]:
+        """columns[r]: per-sample values of rank r's samples."""
         calls = [
-            a.call("forward_backward", update, columns[a.spec.index], what=f"gradient of update {update}")
+            a.call(
+                "forward_backward",
+                update,
+                columns[a.spec.index],
+                settings,
+                channel_gradients=channel_gradients,
+                what=f"gradient of update {update}",
+            )
             for a in self._actors
         ]
         return self._gather(calls, "train")[0]
+
+    def pair_margins(self, pairs: DataProto, loss: str, options: dict[str, Any]) -> np.ndarray:
+        """[P] margins of preference pairs under the present policy."""
+        parts = np.array_split(np.arange(len(pairs)), len(self._actors))
+        calls = [
+            a.call("pair_margins", pairs.select_idxs(rows) if len(rows) else DataProto(), loss, options, what="margins")
+            for a, rows in zip(self._actors, parts, strict=True)
+        ]
+        return np.concatenate(self._gather(calls, "train"))
+
+    def save_batch(self, update: int, folder: Path) -> None:
+        """Every rank's rows of an update, for inspection: ``{role}-{rank}.safetensors``."""
+        calls = [
+            a.call("save_batch", update, str(folder / f"{self.role}-{a.spec.index}.safetensors"), what="its rows")
+            for a in self._actors
+        ]
+        self._gather(calls, "checkpoint", stop=False)
 
     def optim_step(self) -> dict[str, float]:
         return self._all("optim_step", phase="train", what="optimiser step")[0]
@@ -251,4 +342,30 @@ class TrainerGroup(_Group):
         return self._gather([a.call(method, *args, what=what, **kwargs) for a in self._actors], phase, stop=stop)
 
 
-__all__ = ["ReferenceGroup", "RewardGroup", "RewardSummary", "RolloutGroup", "RolloutSummary", "TrainerGroup"]
+class CriticGroup(TrainerGroup):
+    """As many ranks as the trainer, each with the same rows: its verbs, on a value model."""
+
+    role = "critic"
+
+    def values(self) -> list[ray.ObjectRef]:
+        """By rank, the reference of the values of its updates' rows."""
+        refs = [a.handle.values.remote() for a in self._actors]
+        waiting = [Call(ref, a.spec.name, "values") for a, ref in zip(self._actors, refs, strict=True)]
+        self._gather(waiting, "train")
+        return refs
+
+    def join(self, columns: list[ray.ObjectRef]) -> None:
+        """columns[r]: reference of further columns of rank r's updates."""
+        calls = [a.call("join", columns[a.spec.index], what="its returns") for a in self._actors]
+        self._gather(calls, "train")
+
+
+__all__ = [
+    "CriticGroup",
+    "ReferenceGroup",
+    "RewardGroup",
+    "RewardSummary",
+    "RolloutGroup",
+    "RolloutSummary",
+    "TrainerGroup",
+]

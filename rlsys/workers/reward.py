@@ -10,8 +10,10 @@ import torch
 
 from rlsys.batch import DataProto, jagged
 from rlsys.batch.columns import check_columns
-from rlsys.config.schema import RewardConfig
+from rlsys.config.schema import HintsConfig, RewardConfig
 from rlsys.data.prompts import load_tokenizer
+from rlsys.replay.functional import functional_mask
+from rlsys.replay.hints import HintCounts, TeacherContexts
 from rlsys.rewards.budget import FailureBudget, failure_rows
 from rlsys.rewards.compose import ScoredSample
 from rlsys.rewards.pool import RewardPool
@@ -25,12 +27,29 @@ class RewardSummary:
     rewards [B] float32; scores: part name -> [B] float64, NaN where the part's condition did not hold;
     failures: rows whose reward raised, timed out or crashed, as records for ``failures.jsonl``;
     records: the first rows in full (text, tokens, log-probs, …), for people to read.
+    hints: what was found for teachers; None: nothing was asked for.
     """
 
     rewards: np.ndarray
     scores: dict[str, np.ndarray]
     failures: list[dict[str, Any]]
     records: list[dict[str, Any]]
+    hints: HintCounts | None = None
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """What is written beside rewards, for the loss.
+
+    hints: of teacher contexts; None: no channel has a teacher.
+    functional_tokens: a regular expression; None: all tokens count.
+    chat_template, system_prompt: of the prompts.
+    """
+
+    hints: HintsConfig | None = None
+    functional_tokens: str | None = None
+    chat_template: str | None = None
+    system_prompt: str | None = None
 
 
 _READS = (
@@ -50,14 +69,26 @@ _READS = (
 class RewardWorker:
     """Scores shards. The functions run in processes of their own, each call under its time limit."""
 
-    def start(self, model_path: str, config: RewardConfig) -> None:
+    def start(self, model_path: str, config: RewardConfig, settings: ContextSettings | None = None) -> None:
+        self._settings = settings or ContextSettings()
         self._tokenizer = load_tokenizer(model_path)
+        self._contexts = None
+        if self._settings.hints is not None:
+            self._contexts = TeacherContexts(
+                self._tokenizer,
+                self._settings.hints,
+                chat_template_path=self._settings.chat_template,
+                system_prompt=self._settings.system_prompt,
+            )
         self._parts = list(config.parts)
         self._pool = RewardPool.from_config(config)
         self._budget = FailureBudget(config.max_failure_rate)
 
-    def score(self, batch: DataProto, record_rows: int, step_rows: int) -> tuple[DataProto, RewardSummary]:
-        """Writes rewards, scores and feedback of a shard with rollout columns.
+    def score(
+        self, batch: DataProto, record_rows: int, step_rows: int, train: bool = True
+    ) -> tuple[DataProto, RewardSummary]:
+        """Writes rewards, scores and feedback of a shard with rollout columns; for training also teacher contexts and
+        the mask of functional tokens, where they are wanted.
 
         Args:
             record_rows: so many of the first rows come back in full in the summary.
@@ -94,7 +125,23 @@ class RewardWorker:
         uids = batch.non_tensor_batch["uid"]
         failures = [{"uid": uids[failure["row"]], **failure} for failure in failure_rows(items, scored)]
         records = [_record(batch, i, texts[i], scored[i]) for i in range(min(record_rows, len(batch)))]
-        return columns, RewardSummary(rewards, scores, failures, records)
+        found = self._contexts_of(batch, texts, rewards, columns) if train else None
+        return columns, RewardSummary(rewards, scores, failures, records, found)
+
+    def _contexts_of(
+        self, batch: DataProto, texts: list[str], rewards: np.ndarray, columns: DataProto
+    ) -> HintCounts | None:
+        """Joins the columns that the loss wants to ``columns``."""
+        pattern = self._settings.functional_tokens
+        if pattern is not None:
+            mask = functional_mask(self._tokenizer, batch.batch["response_ids"], pattern)
+            columns.batch["functional_mask"] = mask
+        if self._contexts is None:
+            return None
+        feedback = list(columns.non_tensor_batch["feedback"])
+        made, counts = self._contexts.build(batch, texts, rewards, feedback)
+        columns.union(made)
+        return counts
 
     def close(self) -> None:
         self._pool.close()

@@ -3,6 +3,7 @@ stays with the rank between them."""
 
 from __future__ import annotations
 
+import math
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,22 @@ import numpy as np
 import ray
 import torch
 
+from rlsys.algorithms.advantages import ADVANTAGES, spread_rewards
+from rlsys.algorithms.collapse import spread
 from rlsys.algorithms.kl import KLEstimator, kl_estimate
 from rlsys.algorithms.mismatch import Mismatch, mismatch_sums
-from rlsys.algorithms.objective import Objective
+from rlsys.algorithms.objective import Objective, StepSettings
+from rlsys.algorithms.preferences import PREFERENCE_LOSSES, PairLogprobs, pair_sums
 from rlsys.batch import DataProto, jagged
 from rlsys.batch.columns import check_columns
 from rlsys.checkpoint.export import export_hf
-from rlsys.config.schema import ModelConfig, TrainerConfig
+from rlsys.config.plugins import reads_of
+from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
 from rlsys.engines.sync.buckets import pack
 from rlsys.engines.sync.checksum import weights_checksum
 from rlsys.engines.train import TrainEngine, init_process_group, load_engine
+from rlsys.engines.train.collectives import Ranks
+from rlsys.replay.pairs import join_pairs, pairs_from_groups, reference_view, with_reference
 
 _READS = ("prompt_ids", "response_ids", "response_mask", "rollout_logprobs")
 
@@ -44,6 +51,29 @@ class ForwardSummary:
 
     kl_sums: list[np.ndarray] | None
     mismatch: list[Mismatch]
+
+
+@dataclass(frozen=True)
+class TokenAdvantagesRequest:
+    """How advantages are made of rewards in the ranks.
+
+    name, options: the estimator. rewards: per update, [rows] of this rank's samples.
+    kl_coef, kl_estimator: of a penalty on every token's reward; None: there is none.
+    """
+
+    name: str
+    options: dict[str, Any]
+    rewards: list[np.ndarray]
+    kl_coef: float = 0.0
+    kl_estimator: KLEstimator | None = None
+
+
+@dataclass(frozen=True)
+class AdvantageSummary:
+    """means: by update, the mean advantage of each of its rows; metrics: over all ranks, the same on each."""
+
+    means: list[np.ndarray]
+    metrics: dict[str, float]
 
 
 class TrainerWorker:
@@ -71,8 +101,15 @@ class TrainerWorker:
         seed: int,
         threads: int,
         collective_timeout_s: float,
+        distillation: DistillationConfig | None = None,
+        critic: bool = False,
     ) -> int:
-        """Meets the other ranks and loads the model. total_steps: optimiser steps that the schedule spans.
+        """Meets the other ranks and loads the model.
+
+        Args:
+            total_steps: optimiser steps that the schedule spans.
+            distillation: the teacher that the objective will ask for; None: none.
+            critic: a value model instead of a policy.
 
         Returns:
             Parameters of the model.
@@ -80,7 +117,13 @@ class TrainerWorker:
         torch.set_num_threads(threads)
         init_process_group(self._rank, self._world_size, *address, timeout_s=collective_timeout_s)
         self._engine: TrainEngine = load_engine(
-            model, trainer, temperature=temperature, total_steps=total_steps, seed=seed
+            model,
+            trainer,
+            temperature=temperature,
+            total_steps=total_steps,
+            seed=seed,
+            distillation=distillation,
+            critic=critic,
         )
         return self._engine.parameter_count
 
@@ -91,15 +134,36 @@ class TrainerWorker:
     def set_objective(self, objective: Objective) -> None:
         self._objective = objective
 
-    def load_batch(self, updates: list[list[Slice]], *, bypass: bool = False) -> None:
-        """Fetches this rank's rows of the step, one list of slices an optimiser step. bypass: π_old := μ."""
-        refs = {ref for slices in updates for s in slices for ref in s.columns}
+    def load_batch(
+        self,
+        updates: list[list[Slice]],
+        *,
+        pairs: list[list[Slice]] | None = None,
+        group_gap: float | None = None,
+        bypass: bool = False,
+    ) -> None:
+        """Fetches this rank's rows of the step, one list of slices an optimiser step.
+
+        Args:
+            pairs: rows of preference pairs from a file, likewise; they are appended to the samples.
+            group_gap: make pairs of the best and the worst response of every group that differ by this reward.
+            bypass: π_old := μ.
+        """
+        refs = {ref for slices in (*updates, *(pairs or [])) for s in slices for ref in s.columns}
         shards = dict(zip(refs, ray.get(list(refs)), strict=True))
         self._updates = [_assemble(slices, shards) for slices in updates]
         self._bypass = bypass
         if bypass:
             for batch in filter(len, self._updates):
                 batch.batch["old_logprobs"] = batch.batch["rollout_logprobs"]
+        if group_gap is not None:
+            self._updates = [
+                pairs_from_groups(batch, batch.batch["rewards"].numpy(), min_gap=group_gap) if len(batch) else batch
+                for batch in self._updates
+            ]
+        if pairs is not None:
+            found = [_assemble(slices, shards) for slices in pairs]
+            self._updates = [join_pairs(batch, more) for batch, more in zip(self._updates, found, strict=True)]
 
     def forward(self, *, reference_kl: KLEstimator | None) -> ForwardSummary:
         """Writes ``old_logprobs`` of the whole step, before its first optimiser step.
@@ -118,6 +182,7 @@ class TrainerWorker:
             logprobs = output.batch["logprobs"]
             if not self._bypass:
                 batch.batch["old_logprobs"] = logprobs
+            batch.batch["old_entropy"] = output.batch["entropy"]
             mask = jagged.values(batch.batch["response_mask"])
             old, sampler = jagged.values(logprobs), jagged.values(batch.batch["rollout_logprobs"])
             mismatch.append(mismatch_sums(old, sampler, mask))
@@ -129,26 +194,122 @@ class TrainerWorker:
                 kl_sums.append(jagged.segment_sum(per_token).numpy())
         return ForwardSummary(kl_sums if reference_kl else None, mismatch)
 
-    def forward_backward(self, update: int, columns: dict[str, np.ndarray]) -> dict[str, float]:
+    def values(self) -> list[DataProto]:
+        """A critic's ``values`` of every update's rows, before its first optimiser step."""
+        columns = [self._engine.forward(batch) for batch in self._updates]  # a collective, also without rows
+        for batch, column in zip(self._updates, columns, strict=True):
+            if len(batch):
+                batch.union(column)
+        return columns
+
+    def join(self, columns: list[DataProto]) -> None:
+        """Adds columns to every update's rows."""
+        for batch, column in zip(self._updates, columns, strict=True):
+            if len(batch):
+                batch.union(column)
+
+    def token_advantages(
+        self, request: TokenAdvantagesRequest, values: list[DataProto] | None
+    ) -> tuple[list[DataProto], AdvantageSummary]:
+        """Writes ``advantages`` by an estimator that needs tokens, whitened over all ranks' rows of the step.
+
+        Args:
+            values: a critic's, of the same rows.
+
+        Returns:
+            ``returns`` of every update's rows, and what the driver sees of the advantages.
+        """
+        estimator = ADVANTAGES.get(request.name, where="algorithm.advantage")
+        flat = [_flat(batch, rewards, request) for batch, rewards in zip(self._updates, request.rewards, strict=True)]
+        starts = np.cumsum([0, *(len(batch) for batch in self._updates)])
+        token_rewards, mask = (torch.cat([part[i] for part in flat]) for i in (0, 1))
+        rows = torch.cat([part[2] + int(start) for part, start in zip(flat, starts[:-1], strict=True)])
+        inputs: dict[str, torch.Tensor] = {}
+        if "values" in reads_of(estimator):
+            found = [jagged.values(v.batch["values"]) for v in values or [] if len(v)]
+            inputs["values"] = torch.cat(found) if found else torch.zeros(0)
+        made = estimator(token_rewards, mask, rows, int(starts[-1]), Ranks(), **inputs, **request.options)
+        returns: list[DataProto] = []
+        means: list[np.ndarray] = []
+        start = 0
+        for batch, part in zip(self._updates, flat, strict=True):
+            stop = start + len(part[0])
+            if not len(batch):
+                returns.append(DataProto())
+                means.append(np.empty(0))
+                continue
+            lengths = jagged.lengths(batch.batch["response_mask"])
+            column = jagged.from_values(made.advantages[start:stop], lengths)
+            batch.batch["advantages"] = column
+            returns.append(
+                DataProto.from_dict(tensors={"returns": jagged.from_values(made.returns[start:stop], lengths)})
+            )
+            sampled = jagged.segment_sum(batch.batch["response_mask"]).clamp(min=1)
+            means.append((jagged.segment_sum(column) / sampled).numpy())
+            start = stop
+        metrics = {"advantage/std": _masked_std(made.advantages, mask)}
+        if "values" in inputs:
+            metrics |= _critic_metrics(inputs["values"][mask], made.returns[mask])
+        return returns, AdvantageSummary(means, metrics)
+
+    def pair_margins(self, pairs: DataProto, loss: str, options: dict[str, Any]) -> np.ndarray:
+        """[P] margins of these pairs under the policy. A collective: every rank is called, also with none."""
+        sides: dict[str, PairLogprobs] = {}
+        for side in ("chosen", "rejected"):
+            output = self._engine.forward(reference_view(pairs, side) if len(pairs) else pairs)
+            if not len(pairs):
+                continue
+            mask = jagged.values(pairs.batch[f"{side}_mask"])
+            rows = torch.repeat_interleave(torch.arange(len(pairs)), jagged.lengths(pairs.batch[f"{side}_ids"]))
+            scored = with_reference(pairs, side, output.rename("logprobs", "ref_logprobs"))
+            policy, lengths = pair_sums(jagged.values(scored.batch[f"{side}_ref_logprobs"]), mask, rows, len(pairs))
+            reference = None
+            if f"{side}_ref_logprobs" in pairs.batch.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
+                known = jagged.values(pairs.batch[f"{side}_ref_logprobs"])
+                reference = pair_sums(known, mask, rows, len(pairs))[0]
+            sides[side] = PairLogprobs(policy, reference, lengths)
+        if not len(pairs):
+            return np.empty(0)
+        function = PREFERENCE_LOSSES.get(loss, where="algorithm.preference.loss")
+        return function(sides["chosen"], sides["rejected"], **options).margin.numpy()
+
+    def forward_backward(
+        self,
+        update: int,
+        columns: dict[str, np.ndarray],
+        settings: StepSettings | None = None,
+        *,
+        channel_gradients: bool = False,
+    ) -> dict[str, float]:
         """Accumulates the objective's gradient over one update's rows of all ranks.
 
         Args:
-            columns: per-sample values [rows] to join first, each spread over its sample's sampled tokens
-            (``advantages``).
+            columns: per-sample values [samples] to join first, each spread over its sample's sampled tokens
+                (``advantages``).
+            settings: what is different in this step.
+            channel_gradients: also measure the norm of each channel's gradient.
         """
         batch = self._updates[update]
-        if not len(batch):
-            return _named(self._engine.forward_backward(batch, self._objective))
-        mask = batch.batch["response_mask"]
-        lengths = jagged.lengths(mask)
-        for name, values in columns.items():
-            spread = torch.from_numpy(values.astype(np.float32)).repeat_interleave(lengths) * jagged.values(mask)
-            batch.batch[name] = jagged.from_values(spread, lengths)
-        check_columns(batch, ("prompt_ids", "response_ids", *self._objective.reads), "objective")
-        return _named(self._engine.forward_backward(batch, self._objective))
+        objective = self._objective if settings is None else self._objective.at(settings)
+        if len(batch):
+            for name, values in columns.items():
+                mask = batch.batch["response_mask"]
+                lengths = jagged.lengths(mask)
+                per_row = torch.zeros(len(batch))
+                per_row[: len(values)] = torch.from_numpy(values.astype(np.float32))  # pairs follow the samples
+                spread = per_row.repeat_interleave(lengths) * jagged.values(mask)
+                batch.batch[name] = jagged.from_values(spread, lengths)
+            check_columns(batch, (*_sequence_columns(objective), *objective.reads), "objective")
+        found = self._engine.forward_backward(batch, objective, channel_gradients=channel_gradients)
+        return _named(found)
 
     def optim_step(self) -> dict[str, float]:
         return _named(self._engine.optim_step())
+
+    def save_batch(self, update: int, path: str) -> None:
+        """Writes this rank's rows of an update, for inspection: one safetensors file."""
+        if len(self._updates[update]):
+            self._updates[update].save(path)
 
     def export_weights(self, dtype: str, *, share: bool = True) -> tuple[list[ray.ObjectRef], str] | None:
         """Rank 0: references of the weights' buckets in the object store, and the sender's checksum. Others: None."""
@@ -178,6 +339,46 @@ class TrainerWorker:
 
     def close(self) -> None:
         torch.distributed.destroy_process_group()
+
+
+def _sequence_columns(objective: Objective) -> tuple[str, ...]:
+    """Columns that the engine itself reads for the objective's sequences."""
+    response = ("prompt_ids", "response_ids") if "response" in objective.sequences else ()
+    return (*response, *(("teacher_prompt_ids",) if objective.divergence is not None else ()))
+
+
+def _flat(
+    batch: DataProto, rewards: np.ndarray, request: TokenAdvantagesRequest
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token rewards [N], mask [N] and rows [N] of an update's samples."""
+    if not len(batch):
+        return torch.zeros(0), torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
+    column = batch.batch["response_mask"]
+    mask, lengths = jagged.values(column), jagged.lengths(column)
+    rows = torch.repeat_interleave(torch.arange(len(batch)), lengths)
+    penalty = None
+    if request.kl_estimator is not None:
+        old, reference = (jagged.values(batch.batch[name]) for name in ("old_logprobs", "ref_logprobs"))
+        penalty = request.kl_coef * kl_estimate(old, reference, request.kl_estimator) * mask
+    per_row = torch.zeros(len(batch))
+    per_row[: len(rewards)] = torch.from_numpy(rewards.astype(np.float32))
+    return spread_rewards(per_row, mask, rows, len(batch), penalty), mask, rows
+
+
+def _masked_std(values: torch.Tensor, mask: torch.Tensor) -> float:
+    """Over all ranks."""
+    picked = values[mask].double()
+    count, total, squares = Ranks().sum([len(picked), float(picked.sum()), float(picked.square().sum())])
+    return math.sqrt(max(squares / count - (total / count) ** 2, 0.0)) if count else 0.0
+
+
+def _critic_metrics(values: torch.Tensor, returns: torch.Tensor) -> dict[str, float]:
+    """How far predictions and targets are spread, over all ranks."""
+    metrics: dict[str, float] = {}
+    for name, here in (("prediction", values), ("target", returns)):
+        found = spread(Ranks().gather(here.float()))
+        metrics |= {f"critic/{name}_variance": found.variance, f"critic/{name}_distance": found.pairwise_distance}
+    return metrics
 
 
 def _assemble(slices: list[Slice], shards: dict[ray.ObjectRef, Any]) -> DataProto:

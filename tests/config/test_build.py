@@ -9,9 +9,10 @@ import pytest
 from composing import composed
 
 from rlsys.config.assets import asset, bundled_model
-from rlsys.config.build import build, leaves, refuse_ignored, suggest
+from rlsys.config.build import build, leaves, suggest
 from rlsys.config.compose import overridden_keys
 from rlsys.config.errors import UserError
+from rlsys.config.ignored import refuse_ignored
 
 
 def test_the_quick_start_recipe_composes() -> None:

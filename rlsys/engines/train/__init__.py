@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlsys.config.schema import ModelConfig, TrainerConfig
+from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
 from rlsys.engines.train.base import TrainEngine
 from rlsys.engines.train.collectives import init_process_group
 
@@ -10,7 +10,14 @@ __all__ = ["TrainEngine", "init_process_group", "load_engine"]
 
 
 def load_engine(
-    model: ModelConfig, trainer: TrainerConfig, *, temperature: float, total_steps: int, seed: int
+    model: ModelConfig,
+    trainer: TrainerConfig,
+    *,
+    temperature: float,
+    total_steps: int,
+    seed: int,
+    distillation: DistillationConfig | None = None,
+    critic: bool = False,
 ) -> TrainEngine:
     """This rank's engine of the kind ``trainer.backend``, with the model loaded. The process group is initialised.
 
@@ -18,7 +25,17 @@ def load_engine(
         temperature: of the sampler; logits are divided by it.
         total_steps: optimiser steps that the learning-rate schedule spans.
         seed: of the run.
+        distillation: the teacher that a channel of the objective asks for; None: none does.
+        critic: a value model instead of a policy.
     """
     from rlsys.engines.train.fsdp import FsdpEngine  # transformers takes seconds to import, the driver never needs it
 
-    return FsdpEngine.load(model, trainer, temperature=temperature, total_steps=total_steps, seed=seed)
+    return FsdpEngine.load(
+        model,
+        trainer,
+        temperature=temperature,
+        total_steps=total_steps,
+        seed=seed,
+        distillation=distillation,
+        critic=critic,
+    )

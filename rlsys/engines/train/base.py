@@ -25,16 +25,22 @@ class TrainEngine(Protocol):
             batch: this rank's rows (may be none) with ``prompt_ids``, ``response_ids`` and ``response_mask``.
 
         Returns:
-            DataProto with the jagged columns ``logprobs`` and ``entropy`` [B, j:response] float32 on the CPU, at the
-            sampling temperature, rows in the order given; 0 where ``response_mask`` is 0.
+            DataProto with the jagged columns ``logprobs`` and ``entropy`` (a critic's: ``values``) [B, j:response]
+            float32 on the CPU, at the sampling temperature, rows in the order given; 0 where ``response_mask`` is 0.
         """
         ...
 
-    def forward_backward(self, batch: DataProto, objective: Objective) -> dict[str, float]:
+    def forward_backward(
+        self, batch: DataProto, objective: Objective, *, channel_gradients: bool = False
+    ) -> dict[str, float]:
         """Accumulates the gradient of ``objective`` over the global batch (all ranks' rows together).
 
         The normaliser of each channel is fixed over the global batch before the first micro-batch, so the gradient
         does not depend on micro-batches or ranks.
+
+        Args:
+            channel_gradients: also measure the norm of every channel's gradient (``CHANNEL/grad_norm``), for one more
+                pass a channel.
 
         Returns:
             Metrics, reduced over ranks (the same on every rank): ``loss``; each channel's, prefixed by its name;
@@ -43,8 +49,8 @@ class TrainEngine(Protocol):
         ...
 
     def optim_step(self) -> dict[str, float]:
-        """Clips, steps the optimiser and the schedule, zeroes the gradient. Returns ``grad_norm`` (before clipping) and
-        ``lr``. A gradient that is not finite is an error, and the weights stay as they were."""
+        """Clips, steps the optimiser and the schedule, zeroes the gradient. Returns ``grad_norm`` (before clipping),
+        ``lr`` and ``skipped``: 1 where the loss or the gradient was not finite, and the weights stayed as they were."""
         ...
 
     def save_state(self, folder: Path) -> None:

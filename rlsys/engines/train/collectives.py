@@ -40,6 +40,27 @@ def reduce_floats(values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[
     return tensor.tolist()
 
 
+class Ranks:
+    """``Collective`` over the process group, on the CPU."""
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return reduce_floats(values, dist.ReduceOp.SUM)
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        here = values.detach().cpu()
+        counts = [int(n) for n in self._counts(len(here))]
+        padded = torch.zeros(max(counts), dtype=here.dtype)
+        padded[: len(here)] = here
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).to(values.device)
+
+    def _counts(self, count: int) -> list[float]:
+        counts = [0.0] * dist.get_world_size()
+        counts[dist.get_rank()] = float(count)
+        return self.sum(counts)
+
+
 class Meter:
     """Metrics of one pass over a batch: added up over micro-batches on the device, reduced over ranks once."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -11,12 +12,40 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from rlsys.algorithms.divergences.chunked import Head, TeacherPart, token_divergence
 from rlsys.algorithms.logprobs import token_logprobs
+from rlsys.algorithms.objective import DivergencePass
 from rlsys.config.errors import UserError
 from rlsys.config.schema import ModelConfig
 
+PREFIX = "lm."  # of the language model's parameter names inside PolicyModel and ValueModel
+
 # What some families do to the logits after the head, which token_logprobs does not.
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+@dataclass(frozen=True)
+class TeacherInputs:
+    """What a student's forward pass needs to know of its teacher.
+
+    student: [n] int64, which of the K targets the divergence is about.
+    parts: (share in the logits, the teacher's hidden states [n, H'], its head); no head: the student's own.
+    spec: the divergence.
+    """
+
+    student: torch.Tensor
+    parts: tuple[tuple[float, torch.Tensor, Head | None], ...]
+    spec: DivergencePass
+
+
+class PolicyOutput(NamedTuple):
+    """log-prob and entropy [K] of each target; with a teacher, [n] each: divergence, its log-prob and its entropy."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    divergence: torch.Tensor | None = None
+    teacher_logprobs: torch.Tensor | None = None
+    teacher_entropy: torch.Tensor | None = None
 
 
 class PolicyModel(nn.Module):
@@ -31,26 +60,31 @@ class PolicyModel(nn.Module):
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
-        targets: torch.Tensor,
+        targets: torch.Tensor | None,
         entropy_gradient: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-prob and entropy of each target.
+        teacher: TeacherInputs | None = None,
+    ) -> PolicyOutput | tuple[torch.Tensor, Head]:
+        """Log-prob and entropy of each target, and what ``teacher`` asks for.
 
         No attention mask: rows are padded on the right, and under causal attention no token sees what is to its right.
 
         Args:
             input_ids: [b, T] int64, right-padded with any valid id.
-            positions: [N] int64 into the b·T inputs: the one after which each target comes.
-            targets: [N] int64.
+            positions: [K] int64 into the b·T inputs: the one after which each target comes.
+            targets: [K] int64; None: the hidden states at ``positions`` [K, H] and the head come back, whose weight is
+                whole until the next reshard.
             entropy_gradient: whether the entropy carries a gradient.
 
         Returns:
-            log-probs [N] and entropy [N], float32.
+            PolicyOutput, float32.
         """
         hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, positions)
         head = self.lm.get_output_embeddings()
-        return token_logprobs(
-            hidden.flatten(0, 1).index_select(0, positions),
+        if targets is None:
+            return hidden, Head(head.weight, head.bias)
+        logprobs, entropy = token_logprobs(
+            hidden,
             head.weight,
             head.bias,
             targets,
@@ -58,6 +92,38 @@ class PolicyModel(nn.Module):
             chunk=self._chunk,
             entropy_gradient=entropy_gradient,
         )
+        if teacher is None:
+            return PolicyOutput(logprobs, entropy)
+        own = Head(head.weight.detach(), None if head.bias is None else head.bias.detach())
+        result = token_divergence(
+            hidden.index_select(0, teacher.student),
+            Head(head.weight, head.bias),
+            [TeacherPart(mix, states, other or own) for mix, states, other in teacher.parts],
+            teacher.spec.divergence,
+            teacher.spec.options,
+            targets=targets[teacher.student],
+            t=teacher.spec.t,
+            temperature=self._temperature,
+            top_k=teacher.spec.top_k,
+            tail=teacher.spec.tail,
+        )
+        return PolicyOutput(logprobs, entropy, result.loss, result.teacher_logprobs, result.teacher_entropy)
+
+
+class ValueModel(nn.Module):
+    """A language model's body and a linear head that says what a state is worth; it starts at 0 everywhere."""
+
+    def __init__(self, lm: PreTrainedModel):
+        super().__init__()
+        self.lm = lm.base_model
+        self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1, bias=False)
+        nn.init.zeros_(self.value_head.weight)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Values [K], float32, of the states after which the tokens at ``positions`` come; arguments as PolicyModel."""
+        hidden = self.lm(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, positions)
+        return self.value_head(hidden)[:, 0].float()
 
 
 def load_causal_lm(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:

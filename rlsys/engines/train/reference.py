@@ -50,7 +50,7 @@ class ReferenceEngine:
         rows = RankRows(batch, (), max_length=self._max_length, token_budget=self._token_budget)
         logprobs = torch.zeros(rows.num_tokens, device=self._device)
         for micro in rows.cut(len(rows.plan), self._device):
-            values, _ = self._policy(micro.input_ids, micro.positions, micro.targets)
-            logprobs[micro.token_index] = micro.spread(values)
+            output = self._policy(micro.input_ids, micro.positions, micro.targets)
+            logprobs[micro.token_index] = micro.spread(output.logprobs)
         column = jagged.from_values(logprobs.cpu(), rows.response_lengths)
         return DataProto.from_dict(tensors={"ref_logprobs": column})

@@ -1,6 +1,7 @@
 """A trainer rank's state on disk: weights and moments as shards, steps and random-number generators beside them.
 
 model-00001-of-00002.safetensors      this rank's rows of every weight
+teacher-00001-of-00002.safetensors    of a teacher's that moves, where there is one
 optimizer-00001-of-00002.safetensors  of AdamW's moments, as exp_avg/NAME and exp_avg_sq/NAME (after the first step)
 rng-00001-of-00002.safetensors        generators of torch, CUDA, numpy and Python
 trainer.json                          {"optimizer_steps": …, "ranks": …}
@@ -100,6 +101,25 @@ def load(place: Place, parameters: dict[str, DTensor], optimizer: torch.optim.Op
     else:
         seed_generators(seed, place.rank, steps)
     return steps
+
+
+def save_weights(place: Place, kind: str, parameters: dict[str, DTensor]) -> None:
+    """Writes this rank's rows of further weights, ``KIND-00001-of-00002.safetensors``; none, no file."""
+    if parameters:
+        shards = {name: _shard(place, parameter) for name, parameter in parameters.items()}
+        write_shards(place.folder, kind, place.rank, place.ranks, shards)
+
+
+def load_weights(place: Place, kind: str, parameters: dict[str, DTensor]) -> None:
+    """Reads what :func:`save_weights` wrote on any number of ranks.
+
+    Raises:
+        UserError: the checkpoint does not have them.
+    """
+    if parameters:
+        with ShardReader(place.folder, kind) as reader:
+            for name, parameter in parameters.items():
+                _fill(place, parameter, reader, name)
 
 
 def seed_generators(seed: int, rank: int, steps: int) -> None:

@@ -1,0 +1,214 @@
+"""Keys that a chosen combination ignores: an override of one is an error with a suggestion, never silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from rlsys.config.errors import UserError
+from rlsys.config.schema import RunConfig
+
+
+def _no_kl(c: RunConfig) -> bool:
+    return c.algorithm.kl.coef == 0
+
+
+def _no_eval(c: RunConfig) -> bool:
+    return c.eval.every == 0
+
+
+def _one_update(c: RunConfig) -> bool:
+    return c.trainer.updates_per_step == 1 and c.algorithm.old_logprobs == "trainer"
+
+
+def _never_clips(c: RunConfig) -> bool:
+    return c.algorithm.loss in ("ppo_clip", "dapo", "gspo", "gmpo") and _one_update(c)
+
+
+def _no_policy(c: RunConfig) -> bool:
+    return c.algorithm.weight == 0
+
+
+def _no_distillation(c: RunConfig) -> bool:
+    return c.algorithm.distillation.weight == 0
+
+
+def no_teacher(c: RunConfig) -> bool:
+    return _no_distillation(c) and (c.algorithm.distillation.hybrid is None or _no_policy(c))
+
+
+def _no_preference(c: RunConfig) -> bool:
+    return c.algorithm.preference.weight == 0
+
+
+def _no_critic(c: RunConfig) -> bool:
+    return c.algorithm.advantage != "gae" and "." not in c.algorithm.advantage
+
+
+def _teacher_is_not(kind: str) -> Callable[[RunConfig], bool]:
+    return lambda c: no_teacher(c) or c.algorithm.distillation.teacher != kind
+
+
+def _no_hint_of(*sources: str) -> Callable[[RunConfig], bool]:
+    return lambda c: no_teacher(c) or not set(sources) & set(c.hints.source)
+
+
+def _pairs_not_of(*sources: str) -> Callable[[RunConfig], bool]:
+    return lambda c: _no_preference(c) or c.replay.source not in sources
+
+
+def _no_reference(c: RunConfig) -> bool:
+    return _no_kl(c) and (_no_preference(c) or c.algorithm.preference.loss == "simpo") and "." not in c.algorithm.loss
+
+
+_CLIPS = (
+    "with one optimiser step a batch the ratio is always 1 and nothing is clipped: "
+    "set trainer.updates_per_step=2 or more"
+)
+
+_NO_CHANNEL = "the channel is off: set {}.weight to more than 0"
+
+# (key, when the chosen combination ignores it, what to do). A key stands for everything below it too.
+_IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
+    ("algorithm.kl.estimator", _no_kl, "set algorithm.kl.coef to more than 0"),
+    ("algorithm.kl.placement", _no_kl, "set algorithm.kl.coef to more than 0"),
+    (
+        "deadlines.reference",
+        _no_reference,
+        "no reference worker runs: set algorithm.kl.coef to more than 0, or use a preference loss that reads it",
+    ),
+    (
+        "algorithm.kl.horizon",
+        lambda c: _no_kl(c) or c.algorithm.kl.target is None,
+        "the coefficient is fixed: set algorithm.kl.target",
+    ),
+    ("algorithm.kl.target", _no_kl, "set algorithm.kl.coef to more than 0"),
+    ("algorithm.kl.corrected", _no_kl, "set algorithm.kl.coef to more than 0"),
+    *(
+        (f"algorithm.{key}", _no_policy, "the policy-gradient channel is off: set algorithm.weight to more than 0")
+        for key in (
+            "advantage",
+            "advantage_options",
+            "loss",
+            "loss_options",
+            "aggregation",
+            "schedule",
+            "entropy_coef",
+            "entropy_quantile",
+            "functional_tokens",
+            "correction",
+            "distillation.hybrid",
+        )
+    ),
+    ("algorithm.max_refills", lambda c: not c.algorithm.filters, "no group is filtered: set algorithm.filters"),
+    *(
+        (f"trainer.critic.{key}", _no_critic, "only algorithm.advantage=gae has a critic")
+        for key in ("path", "lr", "value_clip", "warmup_steps")
+    ),
+    ("trainer.critic.value_clip", lambda c: c.trainer.updates_per_step == 1, _CLIPS),
+    *(
+        (f"algorithm.distillation.{key}", _no_distillation, _NO_CHANNEL.format("algorithm.distillation"))
+        for key in (
+            "schedule",
+            "divergence",
+            "divergence_options",
+            "top_k",
+            "tail",
+            "ratio_cap",
+            "aggregation",
+        )
+    ),
+    (
+        "algorithm.distillation.tail",
+        lambda c: c.algorithm.distillation.top_k is None,
+        "the whole vocabulary counts: set algorithm.distillation.top_k",
+    ),
+    ("algorithm.distillation.ratio_cap", _one_update, _CLIPS),
+    ("algorithm.distillation.teacher", no_teacher, _NO_CHANNEL.format("algorithm.distillation")),
+    ("algorithm.distillation.teacher_rate", _teacher_is_not("ema"), "set algorithm.distillation.teacher=ema"),
+    (
+        "algorithm.distillation.teacher_mix",
+        _teacher_is_not("trust_region"),
+        "set algorithm.distillation.teacher=trust_region",
+    ),
+    ("algorithm.distillation.teacher_path", _teacher_is_not("model"), "set algorithm.distillation.teacher=model"),
+    ("hints", no_teacher, "nothing has a teacher: " + _NO_CHANNEL.format("algorithm.distillation")),
+    ("hints.threshold", _no_hint_of("sibling"), "it is about siblings: put sibling into hints.source"),
+    ("hints.strip_thinking", _no_hint_of("sibling"), "it is about siblings: put sibling into hints.source"),
+    ("hints.solution_template", _no_hint_of("sibling", "reference"), "put sibling or reference into hints.source"),
+    ("hints.reference_key", _no_hint_of("reference"), "put reference into hints.source"),
+    ("hints.hint_key", _no_hint_of("hint"), "put hint into hints.source"),
+    ("hints.hint_template", _no_hint_of("hint"), "put hint into hints.source"),
+    ("hints.feedback_template", _no_hint_of("feedback"), "put feedback into hints.source"),
+    ("hints.feedback_with_solution", _no_hint_of("feedback"), "put feedback into hints.source"),
+    ("hints.turn_template", _no_hint_of("turn"), "put turn into hints.source"),
+    *(
+        (f"algorithm.preference.{key}", _no_preference, _NO_CHANNEL.format("algorithm.preference"))
+        for key in ("schedule", "loss", "loss_options")
+    ),
+    ("replay", _no_preference, _NO_CHANNEL.format("algorithm.preference")),
+    ("replay.path", _pairs_not_of("file", "agreement"), "set replay.source=file or agreement"),
+    ("replay.pairs_per_step", _pairs_not_of("file", "agreement"), "set replay.source=file or agreement"),
+    ("replay.agreement_threshold", _pairs_not_of("agreement"), "set replay.source=agreement"),
+    ("replay.min_gap", _pairs_not_of("groups"), "set replay.source=groups"),
+    ("replay.eval_path", _no_eval, "set eval.every to more than 0"),
+    ("algorithm.loss_options.clip_low", _never_clips, _CLIPS),
+    ("algorithm.loss_options.clip_high", _never_clips, _CLIPS),
+    ("algorithm.loss_options.dual_clip", _never_clips, _CLIPS),
+    (
+        "algorithm.advantage_options.eps",
+        lambda c: c.algorithm.advantage_options.get("std") == "none",
+        "it is added to the standard deviation: leave algorithm.advantage_options.std=none out",
+    ),
+    ("eval.pass_k", lambda c: c.eval.samples == 0, "set eval.samples to the number of responses a problem"),
+    ("eval.samples", _no_eval, "set eval.every to more than 0"),
+    ("eval.problems", _no_eval, "set eval.every to more than 0"),
+    ("eval.metric", _no_eval, "set eval.every to more than 0"),
+    (
+        "checkpoint.keep_best",
+        _no_eval,
+        "without held-out evaluation no checkpoint is the best: set eval.every to more than 0",
+    ),
+    (
+        "tracker.project",
+        lambda c: all(name == "tensorboard" for name in c.tracker.use),
+        "neither run folders nor TensorBoard have projects: tracker.use=[wandb]",
+    ),
+    ("data.eval_path", _no_eval, "set eval.every to more than 0"),
+    ("data.eval_size", _no_eval, "set eval.every to more than 0"),
+    (
+        "cluster.object_store_gib",
+        lambda c: c.cluster.address is not None,
+        "a cluster that runs already has its object store: leave it out",
+    ),
+]
+
+
+# (key, whether a cluster with so many GPUs ignores it, what to do). Recipes may say both: they run on either.
+_IGNORED_ON: list[tuple[str, Callable[[int], bool], str]] = [
+    ("rollout.kv_cache_gib", lambda gpus: gpus > 0, "on a GPU set rollout.gpu_memory_fraction"),
+    ("rollout.gpu_memory_fraction", lambda gpus: gpus == 0, "without a GPU set rollout.kv_cache_gib"),
+]
+
+
+def refuse_ignored_on(gpus: int, overridden: Iterable[str]) -> None:
+    """Refuses an override that a cluster with ``gpus`` GPUs would ignore; see :func:`refuse_ignored`."""
+    for key in overridden:
+        for ignored, holds, fix in _IGNORED_ON:
+            if key == ignored and holds(gpus):
+                where = f"a cluster with {gpus} GPUs" if gpus else "a cluster without GPUs"
+                raise UserError(f"{key} has no effect on {where}", where=key, fix=fix)
+
+
+def refuse_ignored(config: RunConfig, overridden: Iterable[str]) -> None:
+    """Refuses an override that the chosen combination would ignore.
+
+    Args:
+        overridden: dotted keys that the user set himself.
+
+    Raises:
+        UserError: naming the key and what would make it count.
+    """
+    for key in overridden:
+        for ignored, holds, fix in _IGNORED:
+            if (key == ignored or key.startswith(ignored + ".")) and holds(config):
+                raise UserError(f"{key} has no effect in this combination", where=key, fix=fix)

@@ -1,0 +1,127 @@
+"""A trial of the configured maths on made-up samples: what plug-ins say about their options they say before anything is
+started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlsys.algorithms.advantages import ADVANTAGES, check_estimator, estimate, spread_rewards
+from rlsys.algorithms.collective import Alone
+from rlsys.algorithms.corrections import check_corrections
+from rlsys.algorithms.divergences.chunked import Head, TeacherPart, token_divergence
+from rlsys.algorithms.filters import check_filters, kept
+from rlsys.algorithms.losses import POLICY_LOSSES
+from rlsys.algorithms.objective import ForwardOutput, Objective, ResponseBatch, TeacherOutput
+from rlsys.algorithms.requirements import needs_critic, objective, token_level
+from rlsys.batch.columns import COLUMNS
+from rlsys.config.errors import UserError
+from rlsys.config.plugins import reads_of
+from rlsys.config.schema import RunConfig
+
+_WORDS, _WIDTH = 16, 4
+_LENGTHS = torch.tensor([3, 2])
+
+
+def try_out(config: RunConfig) -> None:
+    """Calls estimator, filters, losses and divergence once.
+
+    Raises:
+        UserError: an unknown name or option, a value out of range, or parts that do not go together.
+    """
+    algorithm, samples = config.algorithm, config.rollout.samples_per_prompt
+    if not any((algorithm.weight, algorithm.distillation.weight, algorithm.preference.weight)):
+        raise UserError(
+            "no channel of the loss has a weight",
+            where="algorithm.weight",
+            fix="set algorithm.weight, algorithm.distillation.weight or algorithm.preference.weight",
+        )
+    check_estimator(algorithm.advantage, algorithm.advantage_options, samples)
+    check_filters(algorithm.filters, samples)
+    check_corrections(algorithm.correction, algorithm.old_logprobs == "sampler")
+    _aggregation_fits(config)
+    _try_estimator(config)
+    kept(algorithm.filters, torch.tensor([0.0, 1.0]), ["a", "a"])
+    channels = objective(config)
+    _try_channels(channels)
+    _try_divergence(channels)
+
+
+def _aggregation_fits(config: RunConfig) -> None:
+    algorithm = config.algorithm
+    required = getattr(POLICY_LOSSES.get(algorithm.loss, where="algorithm.loss"), "aggregation", None)
+    if algorithm.weight and required is not None and algorithm.aggregation != required:
+        raise UserError(
+            f"'{algorithm.loss}' is a mean over sequences, and the aggregation is {algorithm.aggregation}",
+            where="algorithm.aggregation",
+            fix=f"set algorithm.aggregation={required}",
+        )
+
+
+def _try_estimator(config: RunConfig) -> None:
+    algorithm = config.algorithm
+    estimator = ADVANTAGES.get(algorithm.advantage, where="algorithm.advantage")
+    rewards, options = torch.tensor([0.0, 1.0]), algorithm.advantage_options
+    if token_level(config):
+        rows = torch.arange(2).repeat_interleave(_LENGTHS)
+        mask = torch.ones(len(rows), dtype=torch.bool)
+        inputs = {"values": torch.zeros(len(rows))} if needs_critic(config) else {}
+        token_rewards = spread_rewards(rewards, mask, rows, 2, None)
+        estimator(token_rewards, mask, rows, 2, Alone(), **inputs, **options)
+        return
+    parts = config.reward.parts
+    known: dict[str, Any] = {
+        "lengths": _LENGTHS,
+        "scores": {name: rewards.double() for name in parts},
+        "weights": {name: part.weight for name, part in parts.items()},
+        "baselines": torch.zeros(2, dtype=torch.float64),
+    }
+    estimate(algorithm.advantage, rewards, ["a", "a"], inputs=known, **options)
+
+
+def _try_channels(channels: Objective) -> None:
+    rows = torch.arange(2).repeat_interleave(_LENGTHS)
+    columns = {name: _made_up(name, len(rows)) for name in channels.reads}
+    batch = ResponseBatch(columns, rows, 2, {"chosen": rows, "rejected": rows})
+    tokens = -torch.ones(len(rows)) - torch.arange(len(rows)) / 8
+    tokens.requires_grad_()
+    pairs = {"chosen": tokens, "rejected": tokens}
+    output = ForwardOutput(tokens, -tokens, pairs, TeacherOutput(-tokens, tokens.detach(), -tokens.detach()))
+    channels.loss(batch, output, channels.prepare(batch)).loss.backward()
+
+
+def _try_divergence(channels: Objective) -> None:
+    spec = channels.divergence
+    if spec is None:
+        return
+    generator = torch.Generator().manual_seed(0)
+    hidden, other = torch.randn(2, 2, _WIDTH, generator=generator)
+    head = Head(torch.randn(_WORDS, _WIDTH, generator=generator), None)
+    token_divergence(
+        hidden,
+        head,
+        [TeacherPart(1.0, other, head)],
+        spec.divergence,
+        spec.options,
+        targets=torch.tensor([1, 2]),
+        t=0.5 if spec.t is None and "t" in _reads(spec.divergence) else spec.t,
+        top_k=spec.top_k if spec.top_k is None else min(spec.top_k, _WORDS - 1),
+        tail=spec.tail,
+    )
+
+
+def _reads(divergence: str) -> tuple[str, ...]:
+    from rlsys.algorithms.divergences import DIVERGENCES
+
+    return reads_of(DIVERGENCES.get(divergence, where="algorithm.distillation.divergence"))
+
+
+def _made_up(name: str, tokens: int) -> torch.Tensor:
+    """A column that a channel reads: true masks, log-probs around −1."""
+    declared = COLUMNS.get(name)
+    dtype = torch.float32 if declared is None or declared.dtype is None else declared.dtype
+    size = 2 if declared is not None and "j:" not in declared.shape else tokens
+    if dtype == torch.bool:
+        return torch.ones(size, dtype=dtype)
+    return -torch.ones(size, dtype=dtype) if dtype.is_floating_point else torch.ones(size, dtype=dtype)

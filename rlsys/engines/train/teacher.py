@@ -1,0 +1,96 @@
+"""The teacher of self-distillation, in the trainer's own ranks: the policy itself, or a second model beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from rlsys.algorithms.divergences.chunked import Head
+from rlsys.algorithms.objective import DivergencePass
+from rlsys.config.errors import UserError
+from rlsys.config.schema import DistillationConfig, ModelConfig
+from rlsys.engines.train.model import PREFIX, PolicyModel, TeacherInputs, load_causal_lm
+from rlsys.engines.train.rows import TeacherRows
+
+
+class Teacher:
+    """Hidden states of a teacher's sequences, without gradient.
+
+    policy: of this rank. other: the model beside it, sharded in the same way; None: the policy teaches itself.
+    mix: share of the policy's logits; the rest are the other's.
+    rate: the other's weights follow the policy's by so much an optimiser step.
+    """
+
+    def __init__(self, policy: PolicyModel, other: PolicyModel | None, *, mix: float, rate: float):
+        self._policy, self._other = policy, other
+        self._mix, self._rate = mix, rate
+
+    @classmethod
+    def load(
+        cls,
+        config: DistillationConfig,
+        model: ModelConfig,
+        policy: PolicyModel,
+        shard: Callable[[PolicyModel], None],
+        *,
+        temperature: float,
+        chunk: int,
+    ) -> Teacher:
+        """The teacher that ``config`` describes. shard: spreads a model over the ranks.
+
+        Raises:
+            UserError: the teacher cannot be loaded, or has another vocabulary.
+        """
+        if config.teacher == "self":
+            return cls(policy, None, mix=1.0, rate=0.0)
+        where = model if config.teacher != "model" else ModelConfig(
+            path=config.teacher_path or "", dtype=model.dtype, attention=model.attention
+        )  # fmt: skip
+        lm = load_causal_lm(where, torch.float32)
+        sizes = [len(m.get_output_embeddings().weight) for m in (policy.lm, lm)]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"the policy has a vocabulary of {sizes[0]} words and the teacher one of {sizes[1]}",
+                where="algorithm.distillation.teacher_path",
+                fix="use a teacher with the policy's tokenizer and embedding size",
+            )
+        other = PolicyModel(lm, temperature=temperature, chunk=chunk).requires_grad_(False)
+        shard(other)
+        mix = config.teacher_mix if config.teacher == "trust_region" else 0.0
+        return cls(policy, other, mix=mix, rate=config.teacher_rate if config.teacher == "ema" else 0.0)
+
+    @property
+    def saved(self) -> dict[str, DTensor]:
+        """Weights that a checkpoint must hold: those that moved since the start."""
+        return self._weights(self._other) if self._other is not None and self._rate else {}
+
+    @torch.no_grad()
+    def look(self, rows: TeacherRows, spec: DivergencePass) -> TeacherInputs:
+        """What the student's pass needs. A collective: every rank looks, also at nothing."""
+        parts: list[tuple[float, torch.Tensor, Head | None]] = []
+        if self._mix:
+            hidden, _ = self._policy(rows.input_ids, rows.positions, None)
+            parts.append((self._mix, hidden, None))
+        if self._other is not None:
+            hidden, head = self._other(rows.input_ids, rows.positions, None)
+            parts.append((1.0 - self._mix, hidden, head))
+        return TeacherInputs(rows.student, tuple(parts), spec)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """After an optimiser step: an average moves towards the policy."""
+        if self._other is None or not self._rate:
+            return
+        mine, theirs = self._weights(self._other), self._weights(self._policy)
+        for name, weight in mine.items():
+            weight.to_local().lerp_(theirs[name].to_local(), self._rate)
+
+    def release(self) -> None:
+        """Lets go of gathered weights, which would go stale with the next step."""
+        if self._other is not None:
+            self._other.reshard()
+
+    def _weights(self, model: PolicyModel) -> dict[str, DTensor]:
+        return {name.removeprefix(PREFIX): weight for name, weight in model.named_parameters()}
