@@ -85,6 +85,20 @@ def answer(problem: Problem, digits: int) -> str:
     return f"{'-' if value < 0 else ''}{abs(value):0{digits + 1}d}"
 
 
+def hint(problem: Problem, digits: int) -> str:
+    """What to mind in this very problem: ``mind the carry, mind the sevens``; empty where it has nothing of either."""
+    a, b = problem.a, problem.b
+    if problem.operation == "+":
+        word, carried = "carry", any(a % 10**i + b % 10**i >= 10**i for i in range(1, digits + 1))
+    else:
+        large, small = max(a, b), min(a, b)
+        word, carried = "borrow", any(large % 10**i < small % 10**i for i in range(1, digits))
+    parts = [f"mind the {word}"] if carried else []
+    if "7" in prompt(problem, digits):
+        parts.append("mind the sevens")
+    return ", ".join(parts)
+
+
 def load_arithmetic(config: ArithmeticData) -> Dataset:
     """All problems that ``config`` describes.
 
@@ -99,7 +113,10 @@ def load_arithmetic(config: ArithmeticData) -> Dataset:
 
 def _rows(problems: Sequence[Problem], digits: int) -> LazyRows:
     def row(place: int) -> Row:
-        text = prompt(problems[place], digits)
-        return user_row(text, text, {"answer": answer(problems[place], digits)}, f"arithmetic problem {text}")
+        problem = problems[place]
+        text, solved = prompt(problem, digits), answer(problem, digits)
+        # A solution is what a right response looks like, for teacher contexts.
+        fields = {"answer": solved, "solution": solved, "hint": hint(problem, digits)}
+        return user_row(text, text, fields, f"arithmetic problem {text}")
 
     return LazyRows(len(problems), row)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from rlsys.config.errors import UserError
 from rlsys.config.schema import ArithmeticData
-from rlsys.data.arithmetic import Problem, answer, prompt, split
+from rlsys.data.arithmetic import Problem, answer, hint, prompt, split
 from rlsys.data.base import load_dataset
 
 
@@ -87,6 +87,50 @@ def test_rows_state_the_problem_and_its_answer():
             map(int, text.removesuffix("=").replace("+", " ").replace("-", " -").split())
         )
         assert text in row.where
+
+
+def test_rows_bring_a_solution_and_a_hint_for_teachers():
+    dataset = load_dataset(config(operations=["+", "-"], held_out=500))
+    rows = {row.task["prompt"]: row.task for row in dataset.train}
+    assert all(task["solution"] == task["answer"] for task in rows.values()), "as a right response looks"
+    problems = [problem for problem in split(2, ["+", "-"], 500, 0)[0] if problem.a % 9 == 0]
+    assert all(rows[prompt(problem, 2)]["hint"] == hint(problem, 2) for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("problem", "digits", "text"),
+    [
+        (Problem(37, "+", 5), 2, "mind the carry, mind the sevens"),
+        (Problem(36, "+", 5), 2, "mind the carry"),
+        (Problem(17, "+", 2), 2, "mind the sevens"),
+        (Problem(90, "+", 20), 2, "mind the carry"),
+        (Problem(34, "+", 25), 2, ""),
+        (Problem(9, "+", 1), 1, "mind the carry"),
+        (Problem(1, "-", 9), 1, ""),
+        (Problem(42, "-", 35), 2, "mind the borrow"),
+        (Problem(35, "-", 42), 2, "mind the borrow"),  # worked out as 42 - 35
+        (Problem(500, "-", 1), 3, "mind the borrow"),
+        (Problem(542, "-", 311), 3, ""),
+    ],
+)
+def test_a_hint_says_what_to_mind_in_this_very_problem(problem, digits, text):
+    assert hint(problem, digits) == text
+
+
+@given(st.integers(1, 3), st.data())
+def test_a_hint_has_no_digit_and_mentions_carries_and_sevens_where_there_are(digits, data):
+    operand = st.integers(0, 10**digits - 1)
+    problem = Problem(data.draw(operand), data.draw(st.sampled_from("+-")), data.draw(operand))
+    text = hint(problem, digits)
+    assert not any(letter.isdigit() for letter in text)
+    assert ("sevens" in text) == ("7" in prompt(problem, digits))
+    left, right = (f"{number:0{digits}d}" for number in (problem.a, problem.b))
+    if problem.operation == "-":
+        left, right = max(left, right), min(left, right)
+    sign = 1 if problem.operation == "+" else -1
+    alone = "".join(str((int(x) + sign * int(y)) % 10) for x, y in zip(left, right, strict=True))
+    carries = ("carry" in text) or ("borrow" in text)
+    assert carries == (f"0{alone}" != answer(problem, digits).removeprefix("-"))
 
 
 def test_two_digit_additions_hold_out_a_thousand():
