@@ -18,6 +18,16 @@ def live_rows(mask: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Te
     return torch.zeros(num_rows, dtype=torch.int64, device=mask.device).index_add_(0, rows, mask.to(torch.int64))
 
 
+def row_sum(values: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Sum over the unmasked tokens of each row: values [N], mask [N] bool, rows [N] int64 -> [num_rows]."""
+    return values.new_zeros(num_rows).index_add(0, rows, torch.where(mask, values, 0.0))
+
+
+def row_mean(values: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Mean over the unmasked tokens of each row, 0 for a row that has none: as :func:`row_sum`."""
+    return row_sum(values, mask, rows, num_rows) / live_rows(mask, rows, num_rows).clamp(min=1)
+
+
 def token_weights(
     aggregation: Aggregation, mask: torch.Tensor, rows: torch.Tensor, num_rows: int, horizon: int | None = None
 ) -> torch.Tensor:

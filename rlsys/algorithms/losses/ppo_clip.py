@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 
 from rlsys.algorithms.losses import POLICY_LOSSES, PolicyLoss
+from rlsys.algorithms.losses.surrogate import (
+    clipped_surrogate,
+    masked_log_ratio,
+    ratio_maxima,
+    ratio_sums,
+    require_positive,
+    same_shape,
+)
 from rlsys.config.errors import UserError
-
-# exp(±20) is far outside any clip range and far inside float32's.
-_LOG_RATIO_LIMIT = 20.0
 
 
 @POLICY_LOSSES.register("ppo_clip")
@@ -35,32 +40,27 @@ def ppo_clip(
     Returns:
         PolicyLoss with sums ``clip_fraction``, ``dual_clip_fraction`` (with dual_clip), ``approx_kl``
         (k3 of π_old against π), ``ratio``; maximum ``ratio_max``.
+
+    Raises:
+        UserError: an option is out of its range.
+        ValueError: shapes disagree.
     """
-    if dual_clip is not None and dual_clip <= 1:
+    require_positive(clip_low=clip_low, clip_high=clip_high, zero=True)
+    if dual_clip is not None and not dual_clip > 1:
         raise UserError(
             f"dual_clip bounds the ratio from above and must be more than 1, not {dual_clip}",
             where="algorithm.loss_options.dual_clip",
             fix="3 is usual; null: no bound",
         )
-    # Off the mask the inputs may hold anything, even infinities: they are replaced before exp, not after.
+    same_shape(logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
     advantages = torch.where(mask, advantages, 0.0)
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
-    ratio = log_ratio.exp()
-    unclipped = -ratio * advantages
-    clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    tokens = torch.maximum(unclipped, clipped)
-
+    log_ratio = masked_log_ratio(logprobs, old_logprobs, mask)
+    tokens, clipped = clipped_surrogate(log_ratio.exp(), advantages, clip_low, clip_high)
     count = mask.sum()
-    with torch.no_grad():
-        sums = {
-            "clip_fraction": ((clipped > unclipped).sum(), count),
-            "approx_kl": ((torch.expm1(log_ratio) - log_ratio)[mask].sum(), count),
-            "ratio": (ratio[mask].sum(), count),
-        }
-        maxima = {"ratio_max": ratio.masked_fill(~mask, 0.0).flatten().amax() if ratio.numel() else ratio.new_zeros(())}
+    sums = {"clip_fraction": (clipped.sum(), count), **ratio_sums(log_ratio, mask)}
     if dual_clip is not None:
         bound = -dual_clip * advantages
         over = (advantages < 0) & (tokens > bound)
         sums["dual_clip_fraction"] = (over.sum(), count)
         tokens = torch.where(over, bound, tokens)
-    return PolicyLoss(tokens, sums, maxima)
+    return PolicyLoss(tokens, sums, ratio_maxima(log_ratio, mask))
