@@ -222,7 +222,8 @@ def gae_raw(gamma: float, lam: float, inputs: dict) -> Tensors:
                 total += (gamma * lam) ** (k - t) * (earned[k] + gamma * after - values[k])
             advantages.append(total)
             returns.append(total + values[t])
-    return {"advantages": torch.tensor(advantages).double(), "returns": torch.tensor(returns).double()}
+    as_tensor = partial(torch.tensor, dtype=torch.float64)
+    return {"advantages": as_tensor(advantages), "returns": as_tensor(returns)}
 
 
 def binary(seed: int) -> dict:

@@ -138,7 +138,8 @@ def estimate(
     Args:
         rewards: [B].
         uids: prompt-group id of each sample.
-        inputs: ``lengths``, ``scores``, ``weights``, ``baselines``, at least those that the estimator reads.
+        inputs: ``lengths``, ``scores``, ``weights``, ``baselines``, at least those that the estimator reads; None counts
+            as missing.
         options: of the estimator.
 
     Returns:
@@ -228,7 +229,7 @@ def estimate_tokens(
 
 def _given(name: str, estimator: Estimator, inputs: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the estimator reads, and no more."""
-    inputs = inputs or {}
+    inputs = {read: value for read, value in (inputs or {}).items() if value is not None}
     if missing := [read for read in reads_of(estimator) if read not in inputs]:
         raise ValueError(f"'{name}' reads {', '.join(missing)}; given: {', '.join(inputs) or 'nothing'}")
     return {read: inputs[read] for read in reads_of(estimator)}
