@@ -138,7 +138,7 @@ def estimate(
     Args:
         rewards: [B].
         uids: prompt-group id of each sample.
-        inputs: ``lengths``, ``scores``, ``weights``, ``baselines``, at least those that the estimator reads; None counts
+        inputs: ``lengths``, ``scores``, ``weights``, ``baselines``, those that the estimator reads; None counts
             as missing.
         options: of the estimator.
 
