@@ -37,8 +37,22 @@ def check(metrics: Mapping[str, float], *, mismatch_alarm: float) -> list[Alert]
     nonfinite = [name for name in ("policy/loss", "train/grad_norm") if not math.isfinite(metrics.get(name, 0.0))]
     if nonfinite:
         alerts.append(
-            Alert("nonfinite", f"{' and '.join(nonfinite)} not finite: lower trainer.lr or look at the rewards")
+            Alert(
+                "nonfinite",
+                f"{' and '.join(nonfinite)} not finite, which no update is made from: lower trainer.lr or look at the "
+                "rewards",
+            )
         )
+    skipped = {who: metrics.get(f"{key}/skipped", 0.0) for who, key in (("policy", "train"), ("critic", "critic"))}
+    for who, share in skipped.items():
+        if share > 0:
+            alerts.append(
+                Alert(
+                    "skipped",
+                    f"{share:.0%} of the step's updates of the {who} were skipped, for a loss or gradient that is not "
+                    "finite: the weights stayed as they were; look at the saved batch, and lower the learning rate",
+                )
+            )
     return alerts
 
 
