@@ -40,6 +40,47 @@ def random_batch(seed: int = 0, rows: int = 10, vocab: int = 72, given_tokens: b
     )
 
 
+def composed_batch(seed: int = 0, rows: int = 10, vocab: int = 72) -> DataProto:
+    """random_batch with teachers' contexts on some rows and preference pairs on others; the last two rows are pairs
+    alone."""
+    batch = random_batch(seed, rows, vocab)
+    generator = torch.Generator().manual_seed(seed + 1)
+    samples = rows - 2
+    columns = {name: jagged.to_rows(column)[:samples] for name, column in batch.batch.items()}
+    columns = {name: [*parts, parts[0][:0], parts[0][:0]] for name, parts in columns.items()}
+
+    def tokens(low: int, high: int) -> torch.Tensor:
+        return torch.randint(vocab, (int(torch.randint(low, high, (1,), generator=generator)),), generator=generator)
+
+    columns["teacher_prompt_ids"], columns["teacher_mask"] = [], []
+    for row in range(rows):
+        mask = columns["response_mask"][row].clone()
+        if row % 3 == 1:  # one turn of several: from the second token on
+            mask[:1] = False
+        if row % 3 == 2:
+            mask[:] = False
+        columns["teacher_mask"].append(mask)
+        columns["teacher_prompt_ids"].append(tokens(1, 20) if mask.any() else tokens(1, 2)[:0])
+    for side in ("chosen", "rejected"):
+        has = [row % 4 == 0 or row >= samples for row in range(rows)]
+        ids = [tokens(4, 25) if has[row] else tokens(1, 2)[:0] for row in range(rows)]
+        columns[f"{side}_ids"] = ids
+        columns[f"{side}_mask"] = [torch.arange(len(part)) >= 2 for part in ids]
+        columns[f"{side}_ref_logprobs"] = [
+            -3 * torch.rand(len(part), generator=generator) * (torch.arange(len(part)) >= 2) for part in ids
+        ]
+    slots = torch.tensor([row % 2 == 0 or row >= samples for row in range(rows)])
+    dtypes = {"teacher_mask": torch.bool, "chosen_mask": torch.bool, "rejected_mask": torch.bool}
+    return DataProto.from_dict(
+        tensors={
+            **{
+                name: jagged.from_rows(parts, dtype=dtypes.get(name, parts[0].dtype)) for name, parts in columns.items()
+            },
+            "pair_slot": slots,
+        }
+    )
+
+
 def rows_of(batch: DataProto, name: str) -> list[list[float]]:
     return [row.tolist() for row in jagged.to_rows(batch.batch[name])]
 

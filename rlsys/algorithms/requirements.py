@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rlsys.algorithms.advantages import ADVANTAGES
+from rlsys.algorithms.advantages import estimator_reads, is_token_level
 from rlsys.algorithms.channels import Distillation, PolicyGradient, Preference, ValueLoss
 from rlsys.algorithms.channels.preference import needs_reference as preference_reads_reference
-from rlsys.algorithms.losses import POLICY_LOSSES
+from rlsys.algorithms.losses import POLICY_LOSSES, prepare_of
 from rlsys.algorithms.objective import Channel, Objective, StepSettings
 from rlsys.algorithms.schedules import factor
 from rlsys.config.plugins import reads_of
@@ -68,17 +68,17 @@ def needs_teacher(config: RunConfig) -> bool:
 
 def needs_critic(config: RunConfig) -> bool:
     """Whether the estimator reads values."""
-    return "values" in reads_of(ADVANTAGES.get(config.algorithm.advantage, where="algorithm.advantage"))
+    return "values" in estimator_reads(config.algorithm.advantage)
 
 
 def token_level(config: RunConfig) -> bool:
     """Whether the estimator needs tokens and therefore runs in the trainer's ranks."""
-    return bool(getattr(ADVANTAGES.get(config.algorithm.advantage, where="algorithm.advantage"), "token_level", False))
+    return is_token_level(config.algorithm.advantage)
 
 
 def needs_baselines(config: RunConfig) -> bool:
     """Whether the estimator compares with the reward of a greedy response."""
-    return "baselines" in reads_of(ADVANTAGES.get(config.algorithm.advantage, where="algorithm.advantage"))
+    return "baselines" in estimator_reads(config.algorithm.advantage)
 
 
 def penalises_kl(config: RunConfig) -> bool:
@@ -96,5 +96,5 @@ def needs_old_logprobs(config: RunConfig) -> bool:
         return True
     if algorithm.old_logprobs == "sampler":
         return False
-    statistics = hasattr(POLICY_LOSSES.get(algorithm.loss, where="algorithm.loss"), "prepare")
+    statistics = prepare_of(POLICY_LOSSES.get(algorithm.loss, where="algorithm.loss")) is not None
     return config.trainer.updates_per_step > 1 or (algorithm.weight > 0 and statistics)

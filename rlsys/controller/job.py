@@ -184,9 +184,10 @@ class Job:
     def advantages(self, experience: Experience, reference_kl: np.ndarray | None) -> np.ndarray:
         """[B] one advantage a sample, from its group's rewards; where the estimator goes by tokens the trainer ranks
         keep theirs, and this is the mean of each sample's."""
-        rewards = experience.rewards.astype(np.float64)
+        order = np.arange(len(experience))
         if self.config.reward.permute:
-            rewards = np.random.default_rng([self.config.seed, self.state.step]).permutation(rewards)
+            order = np.random.default_rng([self.config.seed, self.state.step]).permutation(order)
+        rewards = experience.rewards.astype(np.float64)[order]
         if reference_kl is not None:
             coef = step_state.kl_coef(self.config, self.state.extra)
             mean = float(reference_kl.sum() / max(experience.rollout("sampled_tokens").sum(), 1))
@@ -200,7 +201,7 @@ class Job:
         parts = self.config.reward.parts
         inputs = {
             "lengths": torch.from_numpy(experience.rollout("sampled_tokens")),
-            "scores": {name: torch.from_numpy(experience.scores(name)) for name in parts},
+            "scores": {name: torch.from_numpy(experience.scores(name)[order]) for name in parts},
             "weights": {name: part.weight for name, part in parts.items()},
             "baselines": None if self._baselines is None else torch.from_numpy(self._baselines),
         }

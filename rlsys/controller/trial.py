@@ -3,18 +3,15 @@ started."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from rlsys.algorithms.advantages import ADVANTAGES, check_estimator, estimate, spread_rewards
-from rlsys.algorithms.collective import Alone
+from rlsys.algorithms import advantages as estimators
 from rlsys.algorithms.corrections import check_corrections
 from rlsys.algorithms.divergences.chunked import Head, TeacherPart, token_divergence
 from rlsys.algorithms.filters import check_filters, kept
-from rlsys.algorithms.losses import POLICY_LOSSES
+from rlsys.algorithms.losses import POLICY_LOSSES, aggregation_of
 from rlsys.algorithms.objective import ForwardOutput, Objective, ResponseBatch, TeacherOutput
-from rlsys.algorithms.requirements import needs_critic, objective, token_level
+from rlsys.algorithms.requirements import objective
 from rlsys.batch.columns import COLUMNS
 from rlsys.config.errors import UserError
 from rlsys.config.plugins import reads_of
@@ -37,11 +34,11 @@ def try_out(config: RunConfig) -> None:
             where="algorithm.weight",
             fix="set algorithm.weight, algorithm.distillation.weight or algorithm.preference.weight",
         )
-    check_estimator(algorithm.advantage, algorithm.advantage_options, samples)
+    estimators.check_estimator(algorithm.advantage, algorithm.advantage_options, samples)
     check_filters(algorithm.filters, samples)
     check_corrections(algorithm.correction, algorithm.old_logprobs == "sampler")
     _aggregation_fits(config)
-    _try_estimator(config)
+    estimators.try_out(algorithm.advantage, algorithm.advantage_options)
     kept(algorithm.filters, torch.tensor([0.0, 1.0]), ["a", "a"])
     channels = objective(config)
     _try_channels(channels)
@@ -50,34 +47,13 @@ def try_out(config: RunConfig) -> None:
 
 def _aggregation_fits(config: RunConfig) -> None:
     algorithm = config.algorithm
-    required = getattr(POLICY_LOSSES.get(algorithm.loss, where="algorithm.loss"), "aggregation", None)
+    required = aggregation_of(POLICY_LOSSES.get(algorithm.loss, where="algorithm.loss"))
     if algorithm.weight and required is not None and algorithm.aggregation != required:
         raise UserError(
             f"'{algorithm.loss}' is a mean over sequences, and the aggregation is {algorithm.aggregation}",
             where="algorithm.aggregation",
             fix=f"set algorithm.aggregation={required}",
         )
-
-
-def _try_estimator(config: RunConfig) -> None:
-    algorithm = config.algorithm
-    estimator = ADVANTAGES.get(algorithm.advantage, where="algorithm.advantage")
-    rewards, options = torch.tensor([0.0, 1.0]), algorithm.advantage_options
-    if token_level(config):
-        rows = torch.arange(2).repeat_interleave(_LENGTHS)
-        mask = torch.ones(len(rows), dtype=torch.bool)
-        inputs = {"values": torch.zeros(len(rows))} if needs_critic(config) else {}
-        token_rewards = spread_rewards(rewards, mask, rows, 2, None)
-        estimator(token_rewards, mask, rows, 2, Alone(), **inputs, **options)
-        return
-    parts = config.reward.parts
-    known: dict[str, Any] = {
-        "lengths": _LENGTHS,
-        "scores": {name: rewards.double() for name in parts},
-        "weights": {name: part.weight for name, part in parts.items()},
-        "baselines": torch.zeros(2, dtype=torch.float64),
-    }
-    estimate(algorithm.advantage, rewards, ["a", "a"], inputs=known, **options)
 
 
 def _try_channels(channels: Objective) -> None:

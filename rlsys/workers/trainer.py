@@ -13,7 +13,7 @@ import numpy as np
 import ray
 import torch
 
-from rlsys.algorithms.advantages import ADVANTAGES, spread_rewards
+from rlsys.algorithms.advantages import estimate_tokens
 from rlsys.algorithms.collapse import spread
 from rlsys.algorithms.kl import KLEstimator, kl_estimate
 from rlsys.algorithms.mismatch import Mismatch, mismatch_sums
@@ -22,7 +22,6 @@ from rlsys.algorithms.preferences import PREFERENCE_LOSSES, PairLogprobs, pair_s
 from rlsys.batch import DataProto, jagged
 from rlsys.batch.columns import check_columns
 from rlsys.checkpoint.export import export_hf
-from rlsys.config.plugins import reads_of
 from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
 from rlsys.engines.sync.buckets import pack
 from rlsys.engines.sync.checksum import weights_checksum
@@ -219,21 +218,31 @@ class TrainerWorker:
         Returns:
             ``returns`` of every update's rows, and what the driver sees of the advantages.
         """
-        estimator = ADVANTAGES.get(request.name, where="algorithm.advantage")
         flat = [_flat(batch, rewards, request) for batch, rewards in zip(self._updates, request.rewards, strict=True)]
         starts = np.cumsum([0, *(len(batch) for batch in self._updates)])
-        token_rewards, mask = (torch.cat([part[i] for part in flat]) for i in (0, 1))
+        mask, penalty = (torch.cat([part[i] for part in flat]) for i in (1, 3))
         rows = torch.cat([part[2] + int(start) for part, start in zip(flat, starts[:-1], strict=True)])
         inputs: dict[str, torch.Tensor] = {}
-        if "values" in reads_of(estimator):
-            found = [jagged.values(v.batch["values"]) for v in values or [] if len(v)]
-            inputs["values"] = torch.cat(found) if found else torch.zeros(0)
-        made = estimator(token_rewards, mask, rows, int(starts[-1]), Ranks(), **inputs, **request.options)
+        if values is not None:
+            inputs["values"] = torch.cat(
+                [jagged.values(v.batch["values"]) if len(v) else torch.zeros(0) for v in values]
+            )
+        made = estimate_tokens(
+            request.name,
+            torch.cat([part[0] for part in flat]),
+            mask,
+            rows,
+            int(starts[-1]),
+            Ranks(),
+            token_penalty=penalty if request.kl_estimator is not None else None,
+            inputs=inputs,
+            **request.options,
+        )
         returns: list[DataProto] = []
         means: list[np.ndarray] = []
         start = 0
         for batch, part in zip(self._updates, flat, strict=True):
-            stop = start + len(part[0])
+            stop = start + len(part[1])
             if not len(batch):
                 returns.append(DataProto())
                 means.append(np.empty(0))
@@ -349,20 +358,21 @@ def _sequence_columns(objective: Objective) -> tuple[str, ...]:
 
 def _flat(
     batch: DataProto, rewards: np.ndarray, request: TokenAdvantagesRequest
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token rewards [N], mask [N] and rows [N] of an update's samples."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rewards [B], mask [N], rows [N] and KL penalty [N] of an update's samples."""
+    none = torch.zeros(0)
     if not len(batch):
-        return torch.zeros(0), torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
+        return none, none.bool(), none.long(), none
     column = batch.batch["response_mask"]
     mask, lengths = jagged.values(column), jagged.lengths(column)
     rows = torch.repeat_interleave(torch.arange(len(batch)), lengths)
-    penalty = None
+    penalty = torch.zeros(len(mask))
     if request.kl_estimator is not None:
         old, reference = (jagged.values(batch.batch[name]) for name in ("old_logprobs", "ref_logprobs"))
         penalty = request.kl_coef * kl_estimate(old, reference, request.kl_estimator) * mask
     per_row = torch.zeros(len(batch))
-    per_row[: len(rewards)] = torch.from_numpy(rewards.astype(np.float32))
-    return spread_rewards(per_row, mask, rows, len(batch), penalty), mask, rows
+    per_row[: len(rewards)] = torch.from_numpy(rewards.astype(np.float32))  # pairs follow the samples
+    return per_row, mask, rows, penalty
 
 
 def _masked_std(values: torch.Tensor, mask: torch.Tensor) -> float:

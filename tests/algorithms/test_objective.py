@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsys.algorithms.objective import CrossEntropy, ForwardOutput, Objective, PolicyGradient, ResponseBatch
+from rlsys.algorithms.channels import CrossEntropy, PolicyGradient
+from rlsys.algorithms.objective import ForwardOutput, Objective, ResponseBatch
 from rlsys.config.errors import UserError
 from rlsys.config.schema import AlgorithmConfig, KLConfig
 
@@ -69,7 +70,7 @@ def test_composed_loss_matches_verl(aggregation: str, seed: int) -> None:
         entropy_coef=0.01,
     )
     objective = Objective({"policy": (channel, 1.0)})
-    ours = objective.loss(batch, output, objective.normalisers(batch)).loss
+    ours = objective.loss(batch, output, objective.prepare(batch)).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     leaves = [output.logprobs, output.entropy]
     gradients = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (ours, theirs)]
@@ -85,13 +86,13 @@ def test_any_cut_gives_the_same_loss_gradient_and_metrics(seed: int, cuts: list[
         "imitation": (CrossEntropy(), 0.3),
     }
     objective = Objective(channels)
-    normalisers = objective.normalisers(batch)
-    whole = objective.loss(batch, output, normalisers)
+    prepared = objective.prepare(batch)
+    whole = objective.loss(batch, output, prepared)
     leaves = [output.logprobs, output.entropy]
     expected = torch.autograd.grad(whole.loss, leaves)
     borders = [0, *sorted(cuts), 4]
     pieces = [
-        objective.loss(*part(batch, output, start, stop), normalisers) for start, stop in itertools.pairwise(borders)
+        objective.loss(*part(batch, output, start, stop), prepared) for start, stop in itertools.pairwise(borders)
     ]
     loss = sum((piece.loss for piece in pieces), torch.zeros(()))
     torch.testing.assert_close(loss, whole.loss, rtol=1e-5, atol=1e-5)
@@ -138,11 +139,11 @@ def test_a_channel_of_weight_zero_is_not_computed() -> None:
     batch, output = make_batch(1)
     objective = Objective({"policy": (PolicyGradient(kl_coef=1.0), 0.0), "imitation": (CrossEntropy(), 2.0)})
     assert objective.reads == ("response_mask",)
-    result = objective.loss(batch, output, objective.normalisers(batch))
-    assert set(result.totals) == {"loss", "imitation/loss"}
+    result = objective.loss(batch, output, objective.prepare(batch))
+    assert set(result.totals) == {"loss", "imitation/loss", "imitation/tokens"}
     torch.testing.assert_close(result.loss, 2 * result.totals["imitation/loss"])
-    with pytest.raises(ValueError, match="non-zero weight"):
-        Objective({"policy": (PolicyGradient(), 0.0)})
+    with pytest.raises(ValueError, match="needs a channel"):
+        Objective({})
 
 
 def test_live_fraction_counts_rows_with_a_sampled_token() -> None:
@@ -157,7 +158,7 @@ def test_nothing_to_learn_anywhere_is_zero_and_not_nan() -> None:
     batch, output = make_batch(1)
     batch.columns["response_mask"][:] = False
     objective = Objective({"policy": (PolicyGradient(kl_coef=0.1), 1.0)})
-    result = objective.loss(batch, output, objective.normalisers(batch))
+    result = objective.loss(batch, output, objective.prepare(batch))
     assert result.loss == 0
 
 

@@ -12,7 +12,8 @@ import ray
 import torch
 from model_folders import make_model_folder
 
-from rlsys.algorithms.objective import Objective, PolicyGradient
+from rlsys.algorithms.channels import PolicyGradient
+from rlsys.algorithms.objective import Objective
 from rlsys.batch import DataProto, jagged
 from rlsys.cluster.placement import ActorSpec, Plan
 from rlsys.cluster.session import Placement

@@ -13,7 +13,7 @@ from rlsys.algorithms.collective import Collective
 from rlsys.algorithms.corrections import Correction, apply_corrections
 from rlsys.algorithms.entropy import above_quantile
 from rlsys.algorithms.kl import KLEstimator, corrected, kl_estimate
-from rlsys.algorithms.losses import POLICY_LOSSES
+from rlsys.algorithms.losses import POLICY_LOSSES, check_loss, prepare_of
 from rlsys.algorithms.mismatch import mismatch_sums
 from rlsys.algorithms.objective import (
     ChannelSums,
@@ -24,7 +24,7 @@ from rlsys.algorithms.objective import (
     live_fraction,
 )
 from rlsys.config.errors import UserError
-from rlsys.config.plugins import check_options, reads_of
+from rlsys.config.plugins import reads_of
 from rlsys.config.schema import AlgorithmConfig
 
 _ENTROPY_KEEP, _STATISTIC = "entropy_keep", "statistic/"
@@ -71,11 +71,10 @@ class PolicyGradient:
     sequences = ("response",)
 
     def __post_init__(self) -> None:
-        function = POLICY_LOSSES.get(self.loss_name, where="algorithm.loss")
-        check_options(function, self.loss_options, where="algorithm.loss_options")
+        function = check_loss(self.loss_name, self.loss_options)
         if self.aggregation == "seq-mean-token-sum-norm" and not self.horizon:
             raise ValueError("seq-mean-token-sum-norm needs a horizon: the longest response allowed")
-        if self.old_logprobs == "self" and (self.entropy_quantile or hasattr(function, "prepare")):
+        if self.old_logprobs == "self" and (self.entropy_quantile or prepare_of(function)):
             raise ValueError(f"'{self.loss_name}' with these options looks at π_old before the first micro-batch")
 
     @classmethod
@@ -136,9 +135,9 @@ class PolicyGradient:
             entropy = batch.columns["old_entropy"]
             columns[_ENTROPY_KEEP] = above_quantile(entropy, mask, self.entropy_quantile, collective)
         function = POLICY_LOSSES.get(self.loss_name, where="algorithm.loss")
-        if hasattr(function, "prepare"):
+        if prepare := prepare_of(function):
             old, advantages = batch.columns["old_logprobs"], batch.columns["advantages"]
-            found = function.prepare(old, advantages, mask, collective, **self.loss_options)
+            found = prepare(old, advantages, mask, collective, **self.loss_options)
             columns |= {_STATISTIC + name: values for name, values in found.items()}
         local = normaliser(self.aggregation, mask, batch.rows, batch.num_rows)
         return Prepared(None if local is None else collective.sum([local])[0], columns)

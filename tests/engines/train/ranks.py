@@ -15,18 +15,26 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from training_batches import free_port, process_group, random_batch
+from training_batches import composed_batch, free_port, process_group
 
-from rlsys.algorithms.objective import Objective, PolicyGradient
+from rlsys.algorithms.channels import Distillation, PolicyGradient, Preference
+from rlsys.algorithms.objective import DivergencePass, Objective
 from rlsys.batch import DataProto, jagged
-from rlsys.config.schema import ModelConfig, TrainerConfig
+from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
 from rlsys.engines.train import load_engine
 from rlsys.engines.train.fsdp import FsdpEngine
 
-OBJECTIVE = Objective({"policy": (PolicyGradient(kl_coef=0.1, entropy_coef=0.01), 1.0)})
+OBJECTIVE = Objective(
+    {
+        "policy": (PolicyGradient(kl_coef=0.1, entropy_coef=0.01), 1.0),
+        "distillation": (Distillation(DivergencePass("jsd", {"alpha": 0.5})), 0.5),
+        "preference": (Preference("dpo"), 0.3),
+    }
+)
+TEACHER = DistillationConfig(weight=0.5, teacher="ema", teacher_rate=0.3)
 ROWS = 9  # on 4 ranks: 5, 3, 1 and none
 SHARES = {1: [9], 2: [7, 2], 4: [5, 3, 1, 0]}
-BUDGETS = {1: 4000, 2: 64, 4: 90}
+BUDGETS = {1: 4000, 2: 200, 4: 260}
 
 
 def share_of(batch: DataProto, rank: int, ranks: int) -> DataProto:
@@ -36,6 +44,9 @@ def share_of(batch: DataProto, rank: int, ranks: int) -> DataProto:
     rows = order[start : start + SHARES[ranks][rank]]
     tensors = {}
     for name, column in batch.batch.items():
+        if not jagged.is_jagged(column):
+            tensors[name] = column[rows]
+            continue
         parts = jagged.to_rows(column)
         tensors[name] = jagged.from_rows([parts[row] for row in rows], dtype=column.dtype)
     return DataProto.from_dict(tensors=tensors)
@@ -51,8 +62,8 @@ def tensors_of(engine: FsdpEngine, what: str) -> Iterator[tuple[str, torch.Tenso
 def train(rank: int, ranks: int, model: Path, output: Path) -> None:
     trainer = TrainerConfig(lr=1e-2, micro_batch_tokens=BUDGETS[ranks], logprob_chunk_tokens=17)
     config = ModelConfig(path=str(model))
-    engine = load_engine(config, trainer, temperature=0.7, total_steps=10, seed=0)
-    batch = share_of(random_batch(seed=3, rows=ROWS), rank, ranks)
+    engine = load_engine(config, trainer, temperature=0.7, total_steps=10, seed=0, distillation=TEACHER)
+    batch = share_of(composed_batch(seed=3, rows=ROWS), rank, ranks)
     metrics: dict[str, float] = {}
     kept: dict[str, torch.Tensor] = {}
 
