@@ -78,8 +78,8 @@ def token_spans(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> lis
     place = 0
     for stop in range(1, len(token_ids) + 1):
         known, text = _decode_all(tokenizer, [token_ids[context:start], token_ids[context:stop]])
-        if text == known and stop - start == 1:  # no characters
-            spans.append((place, place))
+        if text == known:  # no characters
+            spans += [(place, place)] * (stop - start)
             start = stop
             continue
         waiting = text.endswith(_REPLACEMENT) and stop - start < _LONGEST_CHARACTER

@@ -212,18 +212,19 @@ def test_a_hint_at_a_turn_stands_right_before_it_and_counts_there_only():
         two_turns(hint={"turn": 0, "text": "x"}),
         two_turns(),
         two_turns(hint={"turn": 2, "text": "x"}),
+        two_turns(hint={"turn": 0, "text": " "}),
     ]
     batch, texts = shard([group])
-    made, counts = build(batch, texts, [0] * 4, source=["turn"])
-    assert prompts(made) == ["<|user|>0+0=<|assistant|>ab(no)[add {them}]", "<|user|>0+0=<|assistant|>[x]", "", ""]
-    assert masks(made) == [[False] * 6 + [True] * 4, [True] * 2 + [False] * 8, [False] * 10, [False] * 10]
-    assert counts == HintCounts(4, 2, 0, 0, {"turn": 2})
-    mixed, counts = build(batch, texts, [0] * 4, ["f"] * 4, source=["turn", "feedback"], feedback_with_solution=True)
+    made, counts = build(batch, texts, [0] * 5, source=["turn"])
+    assert prompts(made) == ["<|user|>0+0=<|assistant|>ab(no)[add {them}]", "<|user|>0+0=<|assistant|>[x]", "", "", ""]
+    assert masks(made) == [[False] * 6 + [True] * 4, [True] * 2 + [False] * 8, *[[False] * 10] * 3]
+    assert counts == HintCounts(5, 2, 0, 0, {"turn": 2})
+    mixed, counts = build(batch, texts, [0] * 5, ["f"] * 5, source=["turn", "feedback"], feedback_with_solution=True)
     assert prompts(mixed)[:2] == prompts(made)[:2]
     assert prompts(mixed)[2] == "<|user|>0+0=\nFeedback: f\nAgain.<|assistant|>"
     assert masks(mixed)[2] == [True] * 2 + [False] * 4 + [True] * 4  # sampled tokens alone
     before = len(ids("<|user|>0+0=<|assistant|>ab(no)"))
-    cut, counts = build(batch, texts, [0] * 4, source=["turn"], max_tokens=before + 4)
+    cut, counts = build(batch, texts, [0] * 5, source=["turn"], max_tokens=before + 4)
     assert prompts(cut)[0] == "<|user|>0+0=<|assistant|>ab(no)[m}]"
     assert (counts.live, counts.truncated, counts.too_long) == (2, 1, 0)
 
