@@ -38,6 +38,7 @@ def _shard(index: int, uids: list[str], lengths: np.ndarray, rewards: np.ndarray
         sampled_tokens=lengths,
         finish_reasons=np.array(["length" if n >= 50 else "stop" for n in lengths], dtype=object),
         oldest_version=WeightVersion(0, 0),
+        repetition=np.zeros(len(uids), dtype=np.float32),
     )
     reward = RewardSummary(rewards, {"correct": rewards.astype(np.float64)}, [], [])
     names = ("rollout", "reward", "reference")

@@ -25,6 +25,7 @@ def experience_metrics(experience: Experience, config: RunConfig, *, step: int) 
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),
         "rollout/truncated": float((experience.rollout("finish_reasons") == "length").mean()),
+        "rollout/repetition": float(experience.rollout("repetition").mean()),
         "rollout/samples": float(len(experience)),
         "rollout/tokens": float(experience.rollout("sampled_tokens").sum()),
         "rollout/staleness": float(experience.staleness(step)),

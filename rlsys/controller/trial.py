@@ -11,7 +11,7 @@ from rlsys.algorithms.divergences.chunked import Head, TeacherPart, token_diverg
 from rlsys.algorithms.filters import check_filters, kept
 from rlsys.algorithms.losses import POLICY_LOSSES, aggregation_of
 from rlsys.algorithms.objective import ForwardOutput, Objective, ResponseBatch, TeacherOutput
-from rlsys.algorithms.requirements import objective
+from rlsys.algorithms.requirements import objective, penalises_kl
 from rlsys.batch.columns import COLUMNS
 from rlsys.config.errors import UserError
 from rlsys.config.plugins import reads_of
@@ -37,12 +37,24 @@ def try_out(config: RunConfig) -> None:
     estimators.check_estimator(algorithm.advantage, algorithm.advantage_options, samples)
     check_filters(algorithm.filters, samples)
     check_corrections(algorithm.correction, algorithm.old_logprobs == "sampler")
+    _estimator_fits(config)
     _aggregation_fits(config)
     estimators.try_out(algorithm.advantage, algorithm.advantage_options)
     kept(algorithm.filters, torch.tensor([0.0, 1.0]), ["a", "a"])
     channels = objective(config)
     _try_channels(channels)
     _try_divergence(channels)
+
+
+def _estimator_fits(config: RunConfig) -> None:
+    """A penalty on the reward is lost on an estimator that takes the reward's parts in its place."""
+    algorithm = config.algorithm
+    if penalises_kl(config) and "scores" in estimators.estimator_reads(algorithm.advantage):
+        raise UserError(
+            f"'{algorithm.advantage}' reads the reward's parts, and would not see a KL penalty on the reward",
+            where="algorithm.kl.placement",
+            fix="set algorithm.kl.placement=loss",
+        )
 
 
 def _aggregation_fits(config: RunConfig) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from rlsys.algorithms.collapse import repetition
 from rlsys.batch import DataProto, jagged
 from rlsys.batch.columns import check_columns
 from rlsys.batch.versions import WeightVersion
@@ -39,6 +40,7 @@ class RolloutSummary:
 
     uids [B] str; prompt_lengths, response_lengths, sampled_tokens [B] int64; finish_reasons [B] str;
     oldest_version: of all sampled tokens; None: there are none.
+    repetition [B] float32: share of a response's 4-grams of sampled tokens that occurred in it before.
     """
 
     uids: np.ndarray
@@ -47,6 +49,7 @@ class RolloutSummary:
     sampled_tokens: np.ndarray
     finish_reasons: np.ndarray
     oldest_version: WeightVersion | None
+    repetition: np.ndarray
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -112,7 +115,8 @@ def summarize(batch: DataProto) -> RolloutSummary:
     """The driver's view of a shard with the rollout columns."""
     columns: Any = batch.batch
     mask = columns["response_mask"]
-    versions = jagged.values(columns["weight_version"])[jagged.values(mask)]
+    chosen = jagged.values(mask)
+    versions = jagged.values(columns["weight_version"])[chosen]
     sampled = jagged.segment_sum(mask)
     return RolloutSummary(
         uids=batch.non_tensor_batch["uid"],
@@ -121,4 +125,5 @@ def summarize(batch: DataProto) -> RolloutSummary:
         sampled_tokens=sampled.numpy(),
         finish_reasons=batch.non_tensor_batch["finish_reason"],
         oldest_version=WeightVersion.unpack(int(versions.min())) if len(versions) else None,
+        repetition=repetition(jagged.values(columns["response_ids"])[chosen], sampled).numpy(),
     )
