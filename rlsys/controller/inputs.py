@@ -68,7 +68,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     folder = find_model(config.model.path)
     config = replace(config, model=replace(config.model, path=str(folder)))
     max_length = config.data.max_prompt_tokens + config.data.max_response_tokens
-    _check_length(folder, max_length)
+    _check_length(folder, config)
     tokenizer = load_tokenizer(str(folder))
     _check_contexts(config, tokenizer)
     config = _teacher(config, tokenizer)
@@ -235,8 +235,20 @@ def _download(path: str) -> Path:
         ) from error
 
 
-def _check_length(folder: Path, max_length: int) -> None:
+def _check_length(folder: Path, config: RunConfig) -> None:
     limit = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    max_length = config.data.max_prompt_tokens + config.data.max_response_tokens
+    if (
+        limit is not None
+        and needs_teacher(config)
+        and config.hints.max_tokens + config.data.max_response_tokens > limit
+    ):
+        raise UserError(
+            f"a teacher's prompt and the response may take {config.hints.max_tokens} + "
+            f"{config.data.max_response_tokens} tokens, and the model allows {limit}",
+            where="hints.max_tokens",
+            fix=f"set hints.max_tokens={max(limit - config.data.max_response_tokens, 1)} or less",
+        )
     if limit is not None and max_length > limit:
         raise UserError(
             f"prompt and response may take {max_length} tokens, and the model allows {limit}",

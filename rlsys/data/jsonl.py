@@ -101,4 +101,6 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"the file cannot be read: {error.strerror or error}", where=str(path), fix="check data.path")
+    return UserError(
+        f"the file cannot be read: {error.strerror or error}", where=str(path), fix="check the path and its permissions"
+    )

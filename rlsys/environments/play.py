@@ -137,7 +137,9 @@ def trajectories_to_batch(prompts: DataProto, groups: Sequence[Sequence[Trajecto
         flat = [value for row in columns for value in row[index]]
         return jagged.from_values(torch.tensor(flat, dtype=dtype), lengths)
 
-    batch = prompts.select(batch_keys=["prompt_ids"], non_tensor_batch_keys=["uid", "task"]).select_idxs(source)
+    batch = prompts.select(batch_keys=["prompt_ids"], non_tensor_batch_keys=["uid", "task", "messages"]).select_idxs(
+        source
+    )
     return batch.union(
         DataProto.from_dict(
             tensors={
