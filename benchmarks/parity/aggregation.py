@@ -13,13 +13,13 @@ from rlsys.algorithms.aggregation import Aggregation
 
 
 def draw(seed: int) -> dict[str, Any]:
-    """Any non-negative values will do as token losses: the entropies."""
+    """Any non-negative values will do as token losses: tenths of the entropies."""
     inputs = ragged(seed)
     return inputs | {"mask": inputs["mask"] & (inputs["rows"] != seed % inputs["num_rows"])}
 
 
 def ours(aggregation: Aggregation, inputs: dict[str, Any]) -> Tensors:
-    tokens = inputs["entropy"].clone().requires_grad_()
+    tokens = (inputs["entropy"] / 10).requires_grad_()
     values = row_losses(tokens, aggregation, inputs)
     (gradient,) = torch.autograd.grad(values[-1], tokens)
     return {"loss": values.detach(), "grad tokens": gradient}
@@ -28,7 +28,7 @@ def ours(aggregation: Aggregation, inputs: dict[str, Any]) -> Tensors:
 def verl(aggregation: str, inputs: dict[str, Any]) -> Tensors:
     from verl.trainer.ppo.core_algos import agg_loss
 
-    tokens = inputs["entropy"].clone().requires_grad_()
+    tokens = (inputs["entropy"] / 10).requires_grad_()
     mask, rows = padded(inputs["mask"].float(), inputs), torch.eye(inputs["num_rows"])[:, :, None]
 
     def loss(part: torch.Tensor | float) -> torch.Tensor:

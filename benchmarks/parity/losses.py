@@ -105,7 +105,7 @@ def loops(token: Token, inputs: dict[str, Any]) -> Tensors:
         rows[row] += value / count
         gradient.append(slope / count)
     return {
-        "loss": torch.tensor([*rows, sum(rows)], dtype=torch.float64),
+        "loss by row": torch.tensor(rows, dtype=torch.float64),
         "grad logprobs": torch.tensor(gradient, dtype=torch.float64),
     }
 

@@ -36,8 +36,7 @@ def ragged(seed: int, *, per_token: bool = False, drift: float = 0.4, holes: boo
     rows = torch.arange(num_rows).repeat_interleave(lengths)
     size = len(rows)
     old = -3 * torch.rand(size, generator=generator) - 0.05
-    # mostly of one sign, by turns: a loss in which large terms cancel would say nothing about relative errors
-    advantages = (normal(num_rows) + (-1) ** seed)[rows] + (0.5 * normal(size) if per_token else 0.0)
+    advantages = normal(num_rows)[rows] + (0.5 * normal(size) if per_token else 0.0)
     mask = torch.ones(size, dtype=torch.bool)
     if holes:
         mask = torch.rand(size, generator=generator) < 0.8
@@ -66,8 +65,7 @@ def padded(values: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def row_losses(tokens: torch.Tensor, aggregation: Aggregation, inputs: dict[str, Any]) -> torch.Tensor:
-    """[B + 1]: what each row adds to the aggregated loss, and the loss itself. A row's part says more than a sum in
-    which large terms may cancel."""
+    """[B + 1]: what each row adds to the aggregated loss, and the loss itself."""
     mask, rows, num_rows = inputs["mask"], inputs["rows"], inputs["num_rows"]
     total = normaliser(aggregation, mask, rows, num_rows) or 1.0
     tokens = tokens * token_weights(aggregation, mask, rows, num_rows, HORIZON) / total
@@ -76,8 +74,13 @@ def row_losses(tokens: torch.Tensor, aggregation: Aggregation, inputs: dict[str,
 
 
 def with_gradient(losses: Callable[[torch.Tensor], torch.Tensor], inputs: dict[str, Any]) -> Tensors:
-    """Losses [B + 1] of the flat log-probs, and the gradient of the last."""
+    """What rows add to the loss (their sum, in which large terms cancel, would say nothing about relative errors), and
+    the gradient of the loss.
+
+    Args:
+        losses: flat log-probs [N] to [B + 1], as in :func:`row_losses`.
+    """
     logprobs = inputs["logprobs"].clone().requires_grad_()
     values = losses(logprobs)
     (gradient,) = torch.autograd.grad(values[-1], logprobs)
-    return {"loss": values.detach(), "grad logprobs": gradient}
+    return {"loss by row": values[:-1].detach(), "grad logprobs": gradient}

@@ -47,7 +47,7 @@ def corrected(kl: torch.Tensor, logprobs: torch.Tensor, old_logprobs: torch.Tens
     """The estimate times π/π_old: an estimate of the KL of π from samples of π_old (DeepSeek-V3.2, arXiv 2512.02556).
 
     The gradient goes through both factors. In expectation it is then the KL's own for k1 and k3, the unbiased ones,
-    which it is not without the ratio, not even at π = π_old.
+    which it is not without the ratio, not even at π = π_old (as far as k3 is not cut off).
 
     Args:
         kl: what :func:`kl_estimate` returned for ``logprobs``.

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsys.algorithms.aggregation import Aggregation, normaliser, token_weights
+from rlsys.algorithms.aggregation import Aggregation, normaliser, row_mean, row_sum, token_weights
 
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 HORIZON = 9
@@ -79,3 +79,12 @@ def test_a_missing_horizon_and_an_unknown_name_are_refused() -> None:
         token_weights("seq-mean-token-sum-norm", mask, rows, 1)
     with pytest.raises(ValueError, match="mean-mean"):
         token_weights("mean-mean", mask, rows, 1)  # type: ignore[arg-type]
+
+
+def test_sums_and_means_of_rows() -> None:
+    values = torch.tensor([1.0, 2.0, torch.nan, 5.0], requires_grad=True)
+    mask, rows = torch.tensor([True, True, False, True]), torch.tensor([0, 0, 0, 2])
+    assert row_sum(values, mask, rows, 4).tolist() == [3.0, 0.0, 5.0, 0.0]
+    means = row_mean(values, mask, rows, 4)
+    assert means.tolist() == [1.5, 0.0, 5.0, 0.0]
+    assert torch.autograd.grad(means.sum(), values)[0].tolist() == [0.5, 0.5, 0.0, 1.0]
