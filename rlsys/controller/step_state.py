@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from rlsys.algorithms import taid
 from rlsys.algorithms.channels import Distillation
 from rlsys.algorithms.kl import adapt
 from rlsys.algorithms.objective import StepSettings
 from rlsys.algorithms.requirements import penalises_kl, step_weights
+from rlsys.algorithms.taid import TaidState, advance
 from rlsys.config.schema import RunConfig
 
 _TAID, _KL = "taid", "kl_coef"
@@ -47,7 +47,7 @@ def after_update(config: RunConfig, extra: Mapping[str, Any], metrics: Mapping[s
     if follows_taid(config) and loss is not None and math.isfinite(loss):
         total = config.steps * config.trainer.updates_per_step
         options = {key: value for key, value in _taid_options(config).items() if key != "t"}
-        result[_TAID] = asdict(taid.advance(_taid(config, extra), loss, update, total, **options))
+        result[_TAID] = asdict(advance(_taid(config, extra), loss, update, total, **options))
     return result
 
 
@@ -73,7 +73,7 @@ def _taid_options(config: RunConfig) -> dict[str, Any]:
     return config.algorithm.distillation.divergence_options
 
 
-def _taid(config: RunConfig, extra: Mapping[str, Any]) -> taid.TaidState:
+def _taid(config: RunConfig, extra: Mapping[str, Any]) -> TaidState:
     if _TAID in extra:
-        return taid.TaidState(**extra[_TAID])
-    return taid.TaidState(t=float(_taid_options(config).get("t_start", 0.4)), momentum=0.0, last_loss=None)
+        return TaidState(**extra[_TAID])
+    return TaidState(t=float(_taid_options(config).get("t_start", 0.4)), momentum=0.0, last_loss=None)
