@@ -9,7 +9,7 @@ from rlsys.algorithms import advantages as estimators
 from rlsys.algorithms.corrections import check_corrections
 from rlsys.algorithms.divergences.chunked import Head, TeacherPart, token_divergence
 from rlsys.algorithms.filters import check_filters, kept
-from rlsys.algorithms.losses import POLICY_LOSSES, aggregation_of
+from rlsys.algorithms.losses import POLICY_LOSSES, aggregation_of, prepare_of
 from rlsys.algorithms.objective import ForwardOutput, Objective, ResponseBatch, TeacherOutput
 from rlsys.algorithms.requirements import objective, penalises_kl
 from rlsys.batch.columns import COLUMNS
@@ -38,12 +38,40 @@ def try_out(config: RunConfig) -> None:
     check_filters(algorithm.filters, samples)
     check_corrections(algorithm.correction, algorithm.old_logprobs == "sampler")
     _estimator_fits(config)
+    _loss_fits(config)
     _aggregation_fits(config)
     estimators.try_out(algorithm.advantage, algorithm.advantage_options)
     kept(algorithm.filters, torch.tensor([0.0, 1.0]), ["a", "a"])
     channels = objective(config)
     _try_channels(channels)
     _try_divergence(channels)
+
+
+def _loss_fits(config: RunConfig) -> None:
+    """A loss that holds π_old against the sampler's μ itself leaves nothing for a correction to do."""
+    algorithm = config.algorithm
+    loss = POLICY_LOSSES.get(algorithm.loss, where="algorithm.loss")
+    if not algorithm.weight:
+        return
+    if algorithm.loss == "decoupled_ppo" and algorithm.old_logprobs == "sampler":
+        raise UserError(
+            "decoupled_ppo weighs by π_old/μ, which is 1 where π_old is μ",
+            where="algorithm.old_logprobs",
+            fix="set algorithm.old_logprobs=trainer, or algorithm.loss=ppo_clip",
+        )
+    twice = sorted(set(algorithm.correction) & {"tis_token", "tis_sequence", "icepop"})
+    if twice and "rollout_logprobs" in reads_of(loss):
+        raise UserError(
+            f"'{algorithm.loss}' corrects for the sampler itself, and {twice[0]} would count the ratio twice",
+            where=f"algorithm.correction.{twice[0]}",
+            fix="leave the correction out, or use another loss",
+        )
+    if algorithm.distillation.hybrid is not None and prepare_of(loss):
+        raise UserError(
+            f"'{algorithm.loss}' selects tokens by their advantage before the teacher's part of it is known",
+            where="algorithm.distillation.hybrid",
+            fix="leave it out, or use another loss",
+        )
 
 
 def _estimator_fits(config: RunConfig) -> None:

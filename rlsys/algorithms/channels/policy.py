@@ -44,8 +44,8 @@ class PolicyGradient:
     entropy_quantile: only tokens above this quantile of the batch's entropy under π_old earn the policy loss; the
         others still count in the normaliser.
     functional: the surrogate is restricted to the column ``functional_mask``, normaliser included.
-    correction: by name, options of corrections for π_old/μ: token losses are weighed or left out; the normaliser counts
-        them all.
+    correction: by name, options of corrections for π_old/μ: token losses are weighed or left out, with their KL and
+        entropy terms; the normaliser counts them all (verl takes those that are left out from it, too).
     old_logprobs: where π_old comes from: the ``column`` of that name, or ``self``: π itself without gradient. That is
         the same value and the same gradient as long as the batch is used for exactly one optimiser step, and it saves
         a forward pass.
