@@ -22,8 +22,8 @@ from rlsys.checkpoint.store import CheckpointStore
 from rlsys.cluster import session
 from rlsys.cluster.placement import ActorSpec, plan
 from rlsys.config.schema import ClusterConfig, DeadlineConfig, RewardPart, TorchRollout, VllmRollout
+from rlsys.controller import collecting, run
 from rlsys.controller import job as jobs
-from rlsys.controller import run
 from rlsys.controller.loop import train
 from rlsys.controller.resume import find_origin
 from rlsys.data.prompts import load_tokenizer
@@ -87,7 +87,7 @@ def requested(bench: Bench, *overrides: str, result: Experience | None = None) -
         seen.append((request, options))
         return result or make_experience([[2, 2]])
 
-    bench.monkeypatch.setattr(jobs, "collect", record)
+    bench.monkeypatch.setattr(collecting, "collect", record)
     with bench.job(*overrides) as job:
         job.collect(job.next_prompts())
     return seen[0]

@@ -1,16 +1,16 @@
 """The table of checks, one for every leaf: changing the leaf changes what uses it. And the bench that they share.
 
-``knobs.data``, ``knobs.training`` and ``knobs.running`` fill ``TABLE``; ``config/test_no_dead_knobs.py`` runs it and
-fails for a leaf that is not in it.
+The other modules of this package fill ``TABLE``; ``config/test_no_dead_knobs.py`` runs it and fails for a leaf that is
+not in it.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,20 @@ class Actors:
     def given(self, method: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """The arguments of every call of ``method``."""
         return [(args, kwargs) for name, args, kwargs in self.asked if name == method]
+
+
+def updating_trainer(**metrics: float) -> Actors:
+    """Stands for the trainer group, whose updates come out with these metrics."""
+    stepped = {"train/skipped": 0.0, "train/lr": 0.0, **metrics}
+    return Actors({"forward_backward": lambda *_, **__: {"train/loss": 0.0}, "optim_step": lambda: stepped})
+
+
+def with_leaves(config: Any, leaves: Mapping[str, Any]) -> Any:
+    """The dataclass with other values of some dotted leaves."""
+    for leaf, value in leaves.items():
+        name, _, rest = leaf.partition(".")
+        config = replace(config, **{name: with_leaves(getattr(config, name), {rest: value}) if rest else value})
+    return config
 
 
 @dataclass

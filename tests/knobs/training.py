@@ -11,9 +11,10 @@ from experiences import make_experience
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_batches import process_group, random_batch
 
-from knobs.table import Actors, Bench, entry
+from knobs.table import Actors, Bench, entry, updating_trainer
+from rlsys.algorithms.channels import PolicyGradient
 from rlsys.algorithms.mismatch import mismatch_sums
-from rlsys.algorithms.objective import Objective, PolicyGradient
+from rlsys.algorithms.objective import Objective
 from rlsys.batch import jagged
 from rlsys.cluster.placement import plan
 from rlsys.config.schema import AlgorithmConfig, KLConfig, ModelConfig, TrainerConfig
@@ -83,7 +84,7 @@ def model_dtype(bench: Bench) -> None:
 @entry("model.attention")
 def attention(bench: Bench) -> None:
     with process_group():
-        used = [engine(bench, attention=name)._policy.lm.config._attn_implementation for name in ("sdpa", "eager")]
+        used = [engine(bench, attention=name)._model.lm.config._attn_implementation for name in ("sdpa", "eager")]
     assert used == ["sdpa", "eager"]
 
 
@@ -126,7 +127,7 @@ class _LargestLogits(TorchDispatchMode):
 def logprob_chunk_tokens(bench: Bench) -> None:
     def most(chunk: int) -> int:
         with process_group(), torch.no_grad():
-            policy = engine(bench, replace(TRAINER, logprob_chunk_tokens=chunk))._policy
+            policy = engine(bench, replace(TRAINER, logprob_chunk_tokens=chunk))._model
             ids, places = torch.zeros(2, 20, dtype=torch.int64), torch.arange(40)
             policy(ids, places, torch.ones(40, dtype=torch.int64))  # gathers the weights
             with _LargestLogits() as largest:
@@ -140,14 +141,14 @@ def logprob_chunk_tokens(bench: Bench) -> None:
 @entry("trainer.activation_checkpointing")
 def activation_checkpointing(bench: Bench) -> None:
     with process_group():
-        on = [engine(bench, replace(TRAINER, activation_checkpointing=v))._policy.lm for v in (False, True)]
+        on = [engine(bench, replace(TRAINER, activation_checkpointing=v))._model.lm for v in (False, True)]
     assert [lm.is_gradient_checkpointing and lm.training for lm in on] == [False, True]
 
 
 @entry("trainer.updates_per_step", "algorithm.old_logprobs")
 def updates_per_step(bench: Bench) -> None:
     def updates(*overrides: str) -> tuple[int, bool]:
-        trainer = Actors({"forward_backward": lambda *_: {"loss": 0.0}, "optim_step": lambda: {"lr": 0.0}})
+        trainer = updating_trainer()
         with bench.job("data.prompts_per_step=4", *overrides, trainer=trainer) as job:
             experience = make_experience([[2, 2]] * 4)
             job.load(experience)
