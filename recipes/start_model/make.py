@@ -1,4 +1,5 @@
-"""Makes the bundled start: a 0.8M-parameter Qwen3 that imitates careless solvers of two-digit additions.
+"""Makes the bundled start: a 0.8M-parameter Qwen3 that imitates careless solvers of two-digit additions, who answer
+better with a solution, a hint or feedback in the context.
 
     python recipes/start_model/make.py --out recipes/start_model/checkpoints/arithmetic
 
@@ -12,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,25 +23,29 @@ import torch
 from rich.progress import Progress
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from rlsys.algorithms.objective import CrossEntropy, Objective
+from rlsys.algorithms.channels import CrossEntropy
+from rlsys.algorithms.objective import Objective
 from rlsys.batch import DataProto, jagged
 from rlsys.cluster.placement import ActorSpec, Plan
 from rlsys.cluster.session import Placement, connect
 from rlsys.config.schema import ArithmeticData, ClusterConfig, DeadlineConfig, ModelConfig, TrainerConfig
-from rlsys.data.arithmetic import Problem, prompt, split
+from rlsys.data.arithmetic import Problem, split
 from rlsys.workers.groups import TrainerGroup
 from rlsys.workers.trainer import Slice
 from rlsys.workers.waits import StopFlag, gather
 
 sys.path.insert(0, str(Path(__file__).parent))
-from careless import careless_sum
+from contexts import DIGITS, example
 from tokenizer import END, VOCABULARY, make_tokenizer
 
 ROWS = 256  # answers a step
-STEPS = 900
+STEPS = 1000
 SEED = 0
-TRAINER = TrainerConfig(lr=2e-3, schedule="wsd", warmup_steps=20, weight_decay=0.01, micro_batch_tokens=8192)
-DATA = ArithmeticData(kind="arithmetic", prompts_per_step=ROWS, max_prompt_tokens=16, max_response_tokens=8)
+# Micro-batches this small are of similar rows: problems alone are not padded to the length of those with a context.
+TRAINER = TrainerConfig(lr=2e-3, schedule="wsd", warmup_steps=20, weight_decay=0.01, micro_batch_tokens=4096)
+DATA = ArithmeticData(
+    kind="arithmetic", digits=DIGITS, prompts_per_step=ROWS, max_prompt_tokens=16, max_response_tokens=8
+)
 
 
 def fresh_model(folder: Path) -> None:
@@ -66,9 +72,9 @@ def fresh_model(folder: Path) -> None:
 
 
 class Solvers:
-    """Rows of problems with careless answers, drawn anew each step."""
+    """Rows of problems, alone or with something in the context, and solvers' answers; drawn anew each step."""
 
-    def __init__(self, problems: list[Problem]):
+    def __init__(self, problems: Sequence[Problem]):
         self._problems = problems
         self._tokenizer = make_tokenizer()
         self._ids: dict[str, int] = self._tokenizer.get_vocab()
@@ -76,10 +82,9 @@ class Solvers:
     def draw(self, step: int) -> DataProto:
         """[ROWS] rows for one training step; a pure function of ``step``."""
         rng = np.random.default_rng([SEED, step])
-        chosen = [self._problems[i] for i in rng.integers(len(self._problems), size=ROWS)]
-        prompts = [self._encode(prompt(p, DATA.digits)) for p in chosen]
-        answers = [f"{careless_sum(p.a, p.b, rng):0{DATA.digits + 1}d}" for p in chosen]
-        responses = [torch.tensor([*(self._ids[c] for c in answer), self._ids[END]]) for answer in answers]
+        examples = [example(self._problems, rng) for _ in range(ROWS)]
+        prompts = [self._encode(row.text) for row in examples]
+        responses = [torch.tensor([*(self._ids[c] for c in row.response), self._ids[END]]) for row in examples]
         return DataProto.from_dict(
             tensors={
                 "prompt_ids": jagged.from_rows(prompts),

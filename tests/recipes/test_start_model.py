@@ -2,49 +2,58 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from rlsys.config.assets import asset, bundled_model
-from rlsys.data.arithmetic import answer, prompt, split
 
 RECIPE = asset("recipes") / "start_model"
 
 
-@torch.no_grad()
-def accuracies(folder: str, problems: int = 1000, samples: int = 8) -> tuple[float, float]:
-    """Greedy accuracy, and the share of problems that one of ``samples`` responses at temperature 1 gets right."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    _, held_out = split(2, ["+"], 1000, 0)
-    chosen = held_out[:problems]
-    chats = [[{"role": "user", "content": prompt(p, 2)}] for p in chosen]
-    ids = torch.tensor(tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False))
-    golds = [answer(p, 2) for p in chosen]
-
-    def right(**options: object) -> torch.Tensor:
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, **options)
-        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        count = len(texts) // len(golds)
-        return torch.tensor([text == golds[i // count] for i, text in enumerate(texts)]).view(len(golds), count)
-
-    torch.manual_seed(0)
-    greedy = right(do_sample=False).float().mean().item()
-    sampled = right(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=samples)
-    return greedy, sampled.any(1).float().mean().item()
+@pytest.fixture(scope="module")
+def evaluate() -> Iterator[Callable[..., dict[str, dict[str, float]]]]:
+    sys.path.insert(0, str(RECIPE))
+    try:
+        yield importlib.import_module("evaluate").evaluate
+    finally:
+        sys.path.remove(str(RECIPE))
 
 
-def test_the_bundled_start_is_small_and_has_something_to_learn() -> None:
+def is_such_a_start(figures: dict[str, dict[str, float]]) -> None:
+    plain = figures["plain"]
+    assert 0.45 <= plain["greedy"] <= 0.6, "wrong often enough that reinforcement has something to do"
+    assert plain["pass@8"] >= 0.9, "right often enough that it has something to reward"
+    for context, least in (("feedback", 0.85), ("hint", 0.85), ("solution", 0.97)):
+        told = figures[context]
+        assert told["greedy"] >= least, f"a teacher with {context} has something to teach"
+        assert min(told["greedy"] - told["greedy without"], told["sampled"] - told["sampled without"]) > 0.25
+
+
+def test_the_bundled_start_is_small_and_has_something_to_learn(evaluate) -> None:
     folder = Path(bundled_model("bundled:arithmetic"))
     assert sum(path.stat().st_size for path in folder.iterdir()) < 2 << 20
-    greedy, pass_at_8 = accuracies(str(folder))
-    assert 0.3 <= greedy <= 0.55, "wrong often enough that reinforcement has something to do"
-    assert pass_at_8 >= 0.9, "right often enough that it has something to reward"
+    is_such_a_start(evaluate(str(folder), problems=400))
+
+
+def test_the_readme_states_what_was_measured() -> None:
+    stated = json.loads((Path(bundled_model("bundled:arithmetic")) / "accuracy.json").read_text())
+    is_such_a_start(stated)
+    readme = (RECIPE / "README.md").read_text()
+    for context in ("feedback", "hint", "solution"):
+        told = stated[context]
+        shown = [
+            f"{100 * told[f'{how}{without}']:.1f} %" for how in ("greedy", "sampled") for without in (" without", "")
+        ]
+        assert f"| {' | '.join(shown)} |" in readme
+    plain = stated["plain"]
+    assert all(f"{100 * plain[name]:.1f} %" in readme for name in ("greedy", "sampled", "pass@8"))
 
 
 def make(out: Path, *arguments: str) -> None:
@@ -63,8 +72,6 @@ def test_the_recipe_is_deterministic(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_the_recipe_makes_such_a_start_again(tmp_path: Path) -> None:
+def test_the_recipe_makes_such_a_start_again(tmp_path: Path, evaluate) -> None:
     make(tmp_path / "model")
-    greedy, pass_at_8 = accuracies(str(tmp_path / "model"))
-    assert 0.3 <= greedy <= 0.55
-    assert pass_at_8 >= 0.9
+    is_such_a_start(evaluate(str(tmp_path / "model")))
