@@ -10,7 +10,6 @@ from rlsys.config.assets import asset
 
 DOCS = asset("configs").parent / "docs"
 
-_PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LAUNCH = ["python", "-m", "rlsys.launch"]
 
 
@@ -21,7 +20,7 @@ def text_of(page: str) -> str:
 
 def python_block(page: str) -> str:
     """The page's only block of Python, letter for letter."""
-    (block,) = _PYTHON.findall(text_of(page))
+    (block,) = blocks(page, "python")
     return block
 
 
@@ -41,8 +40,13 @@ def commands(page: str) -> list[list[str]]:
     return [found[len(_LAUNCH) :] for found in words]
 
 
-def table(page: str, heading: str) -> list[list[str]]:
-    """The cells of the first table below ``## heading``, without its first two lines."""
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a language, letter for letter."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL)
+
+
+def tables(page: str, heading: str) -> list[list[list[str]]]:
+    """The cells of each table below ``## heading``, without its first two lines."""
     section = text_of(page).split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows[2:]]
+    found = re.findall(r"(?:^\|.*\|$\n?)+", section, re.MULTILINE)
+    return [[[cell.strip() for cell in row.split("|")[1:-1]] for row in rows.splitlines()[2:]] for rows in found]
