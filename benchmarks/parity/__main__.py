@@ -64,9 +64,9 @@ def report(rows: list[Row], seeds: int) -> str:
     return f"""# Parity with independent implementations
 
 Each line compares a function of rlsys in float32, values and gradients, with the same quantity of another
-implementation over {seeds} random ragged inputs. The relative error of an element is over the larger of its own size and
-1 % of its tensor's largest. The limit for both errors is {LIMIT:g}. Where implementations disagree each convention has
-its line.
+implementation over {seeds} random ragged inputs. The relative error of an element is over the larger of its own size
+and 1 % of its tensor's largest. The limit for both errors is {LIMIT:g}. Where implementations disagree each convention
+has its line.
 
 {table}
 
