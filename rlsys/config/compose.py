@@ -27,11 +27,12 @@ _GROUPS: dict[str, type] = {
     "rollout/torch": schema.TorchRollout,
     "trainer": schema.TrainerConfig,
     "algorithm": schema.AlgorithmConfig,
+    "hints": schema.HintsConfig,
     "cluster": schema.ClusterConfig,
     "tracker": schema.TrackerConfig,
 }
 _TAG = {"data": "kind", "rollout": "engine"}
-_OWN_GROUP = ("model", "data", "reward", "rollout", "trainer", "algorithm", "cluster", "tracker")
+_OWN_GROUP = ("model", "data", "reward", "rollout", "trainer", "algorithm", "hints", "cluster", "tracker")
 
 
 def register_schemas() -> None:
@@ -77,12 +78,22 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
 
 
 def open_overrides(overrides: Iterable[str]) -> list[str]:
-    """Overrides below a leaf that is a mapping (a plug-in's options, reward parts) with Hydra's ``++``.
+    """Overrides of leaves that are mappings (a plug-in's options, reward parts), so that they do what they say.
 
-    It adds or overrides, so nobody has to know which keys there are already; whoever reads the mapping checks names.
+    Hydra merges a mapping into the one that is there and refuses new keys. Here ``LEAF={…}`` takes its place (as
+    ``~LEAF ++LEAF={…}``), and ``LEAF.KEY=…`` adds or overrides (``++``), so nobody has to know which keys there are
+    already; whoever reads the mapping checks names.
     """
-    mappings = tuple(f"{leaf}." for leaf in leaves())
-    return [f"++{override}" if override.startswith(mappings) else override for override in overrides]
+    known = set(leaves())
+    below = tuple(f"{leaf}." for leaf in known)
+    opened: list[str] = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in known and value.lstrip().startswith("{"):
+            opened += [f"~{key}", f"++{override}"]
+        else:
+            opened.append(f"++{override}" if override.startswith(below) else override)
+    return opened
 
 
 def overridden_keys(overrides: Iterable[str]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from composing import run_config
-from knobs import data, running, training  # noqa: F401 - they fill the table
+from knobs import channels, data, guards, hints, replay, running, steps, training  # noqa: F401 - they fill the table
 from knobs.table import TABLE, Bench, Check
 from model_folders import make_model_folder
 

@@ -1,4 +1,4 @@
-"""What a user might bring, by import path: a loss, an environment, a tracker."""
+"""What a user might bring, by import path: losses, a divergence, an estimator, an environment, a tracker."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rlsys.algorithms.losses import PolicyLoss
+from rlsys.algorithms.preferences import PairLogprobs, PreferenceLoss, without_reference
 from rlsys.environments.base import SamplingClient, Span, Trajectory
 
 
@@ -16,6 +17,18 @@ def reinforce(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor
 ) -> PolicyLoss:
     return PolicyLoss(-torch.where(mask, advantages * logprobs, 0.0))
+
+
+def squared_gap(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """[n] Σ over words of the squared difference of probabilities."""
+    return (student.exp() - teacher.exp()).square().sum(-1)
+
+
+@without_reference
+def hinge(chosen: PairLogprobs, rejected: PairLogprobs, *, room: float = 1.0) -> PreferenceLoss:
+    """By how much the margin of summed log-probs is short of ``room``."""
+    margin = chosen.policy - rejected.policy
+    return PreferenceLoss((room - margin).clamp(min=0), margin.detach())
 
 
 class OneToken:
