@@ -26,7 +26,11 @@ def objective(config: RunConfig) -> Objective:
         )
         channels["policy"] = (policy, algorithm.weight)
     if algorithm.distillation.weight:
-        distillation = Distillation.from_config(algorithm.distillation, old_logprobs="column" if column else "self")
+        distillation = Distillation.from_config(
+            algorithm.distillation,
+            old_logprobs="column" if column else "self",
+            mismatch=not own_pass and not algorithm.weight,
+        )
         channels["distillation"] = (distillation, algorithm.distillation.weight)
     if algorithm.preference.weight:
         channels["preference"] = (Preference.from_config(algorithm.preference), algorithm.preference.weight)

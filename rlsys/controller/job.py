@@ -140,7 +140,7 @@ class Job:
             self._recorded_rows(),
         )
         experience, self._baselines, metrics = collector.step(prompts)
-        self._metrics |= metrics
+        self._metrics |= metrics | hint_metrics(experience)
         self._seconds |= experience.seconds
         return experience
 
@@ -386,7 +386,6 @@ class Job:
     def _check_experience(self, experience: Experience) -> None:
         self._record_failures(experience.failures(), len(experience), step=self.state.step + 1)
         self._require_current(experience)
-        self._metrics |= hint_metrics(experience)
 
     def _token_advantages(self, rewards: np.ndarray) -> np.ndarray:
         """[B] the mean advantage of each sample."""

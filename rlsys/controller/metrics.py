@@ -57,11 +57,17 @@ def mismatch_metrics(parts: list[Mismatch]) -> dict[str, float]:
     }
 
 
+# Whichever channel looks at the responses measures them; the names are those of what is measured.
 _MEASURED_ON_THE_WAY = {
-    "policy/mismatch_abs_mean": "mismatch/logprob_abs_mean",
-    "policy/mismatch_kl": "mismatch/kl",
-    "policy/mismatch_abs_max": "mismatch/logprob_abs_max",
+    f"{channel}/{name}": f"mismatch/{shown}"
+    for channel in ("policy", "distillation")
+    for name, shown in (
+        ("mismatch_abs_mean", "logprob_abs_mean"),
+        ("mismatch_kl", "kl"),
+        ("mismatch_abs_max", "logprob_abs_max"),
+    )
 }
+_OF_THE_POLICY = {"distillation/entropy": "policy/entropy"}
 
 
 def combine_updates(updates: list[dict[str, float]]) -> dict[str, float]:
@@ -75,5 +81,6 @@ def combine_updates(updates: list[dict[str, float]]) -> dict[str, float]:
         elif name in ("train/tokens", "train/micro_batches"):
             result[name] = sum(values)
         else:
-            result[name] = max(values) if name.endswith("_max") else float(np.mean(values))
+            shown = _OF_THE_POLICY.get(name, name)
+            result[shown] = max(values) if name.endswith("_max") else float(np.mean(values))
     return result

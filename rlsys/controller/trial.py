@@ -11,7 +11,7 @@ from rlsys.algorithms.divergences.chunked import Head, TeacherPart, token_diverg
 from rlsys.algorithms.filters import check_filters, kept
 from rlsys.algorithms.losses import POLICY_LOSSES, aggregation_of, prepare_of
 from rlsys.algorithms.objective import ForwardOutput, Objective, ResponseBatch, TeacherOutput
-from rlsys.algorithms.requirements import objective, penalises_kl
+from rlsys.algorithms.requirements import objective, penalises_kl, step_weights
 from rlsys.batch.columns import COLUMNS
 from rlsys.config.errors import UserError
 from rlsys.config.plugins import reads_of
@@ -34,6 +34,13 @@ def try_out(config: RunConfig) -> None:
             where="algorithm.weight",
             fix="set algorithm.weight, algorithm.distillation.weight or algorithm.preference.weight",
         )
+    for step in range(1, config.steps + 1):
+        if not any(step_weights(config, step).weights.values()):
+            raise UserError(
+                f"in step {step} no channel of the loss has a weight",
+                where="algorithm.schedule",
+                fix="let a schedule begin above 0, or give another channel a weight",
+            )
     estimators.check_estimator(algorithm.advantage, algorithm.advantage_options, samples)
     check_filters(algorithm.filters, samples)
     check_corrections(algorithm.correction, algorithm.old_logprobs == "sampler")

@@ -10,6 +10,7 @@ import torch
 
 from rlsys.algorithms.aggregation import normaliser, token_weights
 from rlsys.algorithms.collective import Collective
+from rlsys.algorithms.mismatch import mismatch_sums
 from rlsys.algorithms.objective import (
     ChannelSums,
     DivergencePass,
@@ -31,21 +32,26 @@ class Distillation:
     spec: what the forward pass computes.
     ratio_cap: None: token losses are not weighed. The ratio carries no gradient.
     old_logprobs: as of PolicyGradient; ``self``: the ratio is 1.
+    mismatch: also report the policy's entropy and how far π is from the sampler's μ on the sampled tokens, where no
+        policy-gradient channel does; reads ``rollout_logprobs``.
     """
 
     spec: DivergencePass
     ratio_cap: float | None = 2.0
     aggregation: Literal["token-mean", "seq-mean-token-mean"] = "token-mean"
     old_logprobs: Literal["column", "self"] = "column"
+    mismatch: bool = False
 
     sequences = ("response",)
     entropy_gradient = False
 
     @classmethod
-    def from_config(cls, config: DistillationConfig, *, old_logprobs: Literal["column", "self"]) -> Distillation:
+    def from_config(
+        cls, config: DistillationConfig, *, old_logprobs: Literal["column", "self"], mismatch: bool = False
+    ) -> Distillation:
         """The channel that ``algorithm.distillation.*`` describes."""
         spec = DivergencePass(config.divergence, dict(config.divergence_options), top_k=config.top_k, tail=config.tail)
-        return cls(spec, config.ratio_cap, config.aggregation, old_logprobs)
+        return cls(spec, config.ratio_cap, config.aggregation, old_logprobs, mismatch)
 
     @property
     def divergence(self) -> DivergencePass:
@@ -54,7 +60,8 @@ class Distillation:
     @property
     def reads(self) -> tuple[str, ...]:
         old = ("old_logprobs",) if self.ratio_cap is not None and self.old_logprobs == "column" else ()
-        return ("response_mask", "teacher_mask", *old)
+        sampler = ("rollout_logprobs",) if self.mismatch else ()
+        return ("response_mask", "teacher_mask", *old, *sampler)
 
     def prepare(self, batch: ResponseBatch, collective: Collective) -> Prepared:
         local = normaliser(self.aggregation, batch.columns["teacher_mask"], batch.rows, batch.num_rows)
@@ -79,4 +86,14 @@ class Distillation:
             "teacher_advantage": (gap.sum(), count),
             "live_fraction": live_fraction(mask, batch),
         }
-        return ChannelSums((torch.where(mask, tokens, 0.0) * weights).sum(), {"tokens": count}, sums)
+        maxima: dict[str, torch.Tensor] = {}
+        if self.mismatch:
+            sampled = batch.columns["response_mask"]
+            off = mismatch_sums(output.logprobs.detach(), batch.columns["rollout_logprobs"], sampled)
+            sums |= {
+                "mismatch_abs_mean": (off.absolute, off.tokens),
+                "mismatch_kl": (off.k3, off.tokens),
+                "entropy": (output.entropy.detach()[sampled].sum(), off.tokens),
+            }
+            maxima["mismatch_abs_max"] = off.largest
+        return ChannelSums((torch.where(mask, tokens, 0.0) * weights).sum(), {"tokens": count}, sums, maxima)
