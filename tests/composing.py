@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -21,3 +23,14 @@ def composed(*overrides: str, recipe: str = "grpo_qwen") -> dict[str, Any]:
 
 def run_config(*overrides: str, recipe: str = "grpo_qwen") -> RunConfig:
     return build(composed(*overrides, recipe=recipe))
+
+
+def with_leaves(config: Any, leaves: Mapping[str, Any]) -> Any:
+    """The dataclass (or mapping) with other values of some dotted leaves."""
+    for leaf, value in leaves.items():
+        name, _, rest = leaf.partition(".")
+        if isinstance(config, dict):
+            config = {**config, name: with_leaves(config.get(name, {}), {rest: value}) if rest else value}
+        else:
+            config = replace(config, **{name: with_leaves(getattr(config, name), {rest: value}) if rest else value})
+    return config

@@ -199,6 +199,7 @@ def cross_check(config: RunConfig) -> None:
             fix="use k1, k2 or k3, or algorithm.kl.placement=loss",
         )
     _check_kl(config)
+    _check_schedules(config)
     _check_budget(config)
 
 
@@ -218,10 +219,27 @@ def _check_kl(config: RunConfig) -> None:
         )
 
 
+def _check_schedules(config: RunConfig) -> None:
+    algorithm = config.algorithm
+    for key, points in (
+        ("algorithm", algorithm.schedule),
+        ("algorithm.distillation", algorithm.distillation.schedule),
+        ("algorithm.preference", algorithm.preference.schedule),
+    ):
+        steps = [point[0] for point in points]
+        if steps != sorted(set(steps)):
+            raise UserError(
+                f"the steps of the points {points} do not rise",
+                where=f"{key}.schedule",
+                fix="give [step, factor] in the order of the steps, each step once",
+            )
+
+
 def _check_budget(config: RunConfig) -> None:
     """Sequences of a row stay together in a micro-batch: a response, the same behind a teacher's prompt, a pair."""
     data, algorithm = config.data, config.algorithm
-    longest, count = data.max_prompt_tokens + data.max_response_tokens, 1
+    longest = data.max_prompt_tokens + data.max_response_tokens
+    count = int(algorithm.weight > 0 or algorithm.distillation.weight > 0)
     if not no_teacher(config):
         longest, count = max(longest, config.hints.max_tokens + data.max_response_tokens), count + 1
     if algorithm.preference.weight:

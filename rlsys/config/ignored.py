@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from rlsys.config.errors import UserError
 from rlsys.config.schema import RunConfig
+
+
+def _own(name: str) -> bool:
+    """Whether a plug-in is somebody's own, by its import path: what it reads is not known here."""
+    return "." in name or ":" in name
 
 
 def _no_kl(c: RunConfig) -> bool:
@@ -21,7 +27,8 @@ def _one_update(c: RunConfig) -> bool:
 
 
 def _never_clips(c: RunConfig) -> bool:
-    return c.algorithm.loss in ("ppo_clip", "dapo", "gspo", "gmpo") and _one_update(c)
+    clips = ("ppo_clip", "dapo", "gspo", "gmpo", "decoupled_ppo", "clip_cov")
+    return c.algorithm.loss in clips and _one_update(c)
 
 
 def _no_policy(c: RunConfig) -> bool:
@@ -41,7 +48,17 @@ def _no_preference(c: RunConfig) -> bool:
 
 
 def _no_critic(c: RunConfig) -> bool:
-    return c.algorithm.advantage != "gae" and "." not in c.algorithm.advantage
+    return c.algorithm.advantage != "gae" and not _own(c.algorithm.advantage)
+
+
+def _not_compared(c: RunConfig) -> bool:
+    """Nothing looks at the sampler's log-probs beside the trainer's."""
+    return _no_policy(c) and (c.trainer.updates_per_step == 1 or c.algorithm.old_logprobs == "sampler")
+
+
+def _no_ratio(c: RunConfig) -> bool:
+    """Nothing looks at π_old."""
+    return _no_policy(c) and (_no_distillation(c) or c.algorithm.distillation.ratio_cap is None)
 
 
 def _teacher_is_not(kind: str) -> Callable[[RunConfig], bool]:
@@ -57,7 +74,7 @@ def _pairs_not_of(*sources: str) -> Callable[[RunConfig], bool]:
 
 
 def _no_reference(c: RunConfig) -> bool:
-    return _no_kl(c) and (_no_preference(c) or c.algorithm.preference.loss == "simpo") and "." not in c.algorithm.loss
+    return _no_kl(c) and (_no_preference(c) or c.algorithm.preference.loss == "simpo") and not _own(c.algorithm.loss)
 
 
 _CLIPS = (
@@ -96,8 +113,16 @@ _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
             "entropy_quantile",
             "functional_tokens",
             "correction",
+            "kl",
             "distillation.hybrid",
         )
+    ),
+    ("reward.permute", _no_policy, "only advantages are made of permuted rewards: set algorithm.weight to more than 0"),
+    ("algorithm.old_logprobs", _no_ratio, "nothing reads π_old: set algorithm.weight to more than 0"),
+    (
+        "rollout.mismatch_alarm",
+        _not_compared,
+        "sampler and trainer are compared by the policy-gradient channel, or with trainer.updates_per_step=2 or more",
     ),
     ("algorithm.max_refills", lambda c: not c.algorithm.filters, "no group is filtered: set algorithm.filters"),
     *(
@@ -140,6 +165,16 @@ _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
     ("hints.hint_template", _no_hint_of("hint"), "put hint into hints.source"),
     ("hints.feedback_template", _no_hint_of("feedback"), "put feedback into hints.source"),
     ("hints.feedback_with_solution", _no_hint_of("feedback"), "put feedback into hints.source"),
+    (
+        "hints.feedback_with_solution",
+        _no_hint_of("sibling", "reference", "hint"),
+        "feedback is all that is shown: put sibling, reference or hint into hints.source",
+    ),
+    (
+        "hints.instruction",
+        _no_hint_of("sibling", "reference", "hint", "feedback"),
+        "a hint to a turn stands in the response: put another source into hints.source",
+    ),
     ("hints.turn_template", _no_hint_of("turn"), "put turn into hints.source"),
     *(
         (f"algorithm.preference.{key}", _no_preference, _NO_CHANNEL.format("algorithm.preference"))
@@ -151,6 +186,14 @@ _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
     ("replay.agreement_threshold", _pairs_not_of("agreement"), "set replay.source=agreement"),
     ("replay.min_gap", _pairs_not_of("groups"), "set replay.source=groups"),
     ("replay.eval_path", _no_eval, "set eval.every to more than 0"),
+    *(
+        (f"guards.limits.{name}", _no_critic, "it watches the critic: set algorithm.advantage=gae")
+        for name in ("variance", "distance", "variance_start", "distance_start")
+    ),
+    *(
+        (f"guards.limits.{name}", lambda c: _no_policy(c) and _no_kl(c), "set algorithm.weight to more than 0")
+        for name in ("kl", "entropy")
+    ),
     ("algorithm.loss_options.clip_low", _never_clips, _CLIPS),
     ("algorithm.loss_options.clip_high", _never_clips, _CLIPS),
     ("algorithm.loss_options.dual_clip", _never_clips, _CLIPS),
@@ -208,7 +251,18 @@ def refuse_ignored(config: RunConfig, overridden: Iterable[str]) -> None:
     Raises:
         UserError: naming the key and what would make it count.
     """
-    for key in overridden:
+    for key in _with_members(config, overridden):
         for ignored, holds, fix in _IGNORED:
             if (key == ignored or key.startswith(ignored + ".")) and holds(config):
                 raise UserError(f"{key} has no effect in this combination", where=key, fix=fix)
+
+
+def _with_members(config: RunConfig, keys: Iterable[str]) -> Iterator[str]:
+    """The keys, and where one is a mapping's those of its members."""
+    for key in keys:
+        yield key
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name, None)
+        if isinstance(value, dict):
+            yield from (f"{key}.{member}" for member in value)

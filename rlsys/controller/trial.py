@@ -41,7 +41,9 @@ def try_out(config: RunConfig) -> None:
                 where="algorithm.schedule",
                 fix="let a schedule begin above 0, or give another channel a weight",
             )
-    estimators.check_estimator(algorithm.advantage, algorithm.advantage_options, samples)
+    # Where no channel reads advantages, one sample a prompt teaches as well as several.
+    compared = samples if algorithm.weight else max(samples, 2)
+    estimators.check_estimator(algorithm.advantage, algorithm.advantage_options, compared)
     check_filters(algorithm.filters, samples)
     check_corrections(algorithm.correction, algorithm.old_logprobs == "sampler")
     _estimator_fits(config)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from composing import run_config
+from composing import run_config, with_leaves
 from model_folders import make_model_folder
 from training_batches import composed_batch, process_group
 
-from knobs.table import Bench, entry, with_leaves
+from knobs.table import Bench, entry
 from knobs.training import TRAINER
 from rlsys.algorithms.requirements import needs_teacher, objective, step_weights
 from rlsys.batch import DataProto, jagged

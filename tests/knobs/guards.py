@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from composing import with_leaves
 from experiences import make_experience
 from training_batches import process_group
 
 from knobs.channels import BATCH, described, load
-from knobs.table import Bench, entry, updating_trainer, with_leaves
+from knobs.table import Bench, entry, updating_trainer
 from rlsys.algorithms.requirements import objective
 from rlsys.config.errors import UserError
 from rlsys.controller.job import GuardStop, Job

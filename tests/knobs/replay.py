@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from composing import with_leaves
 from experiences import make_experience
 from replay_shards import TOKENIZER, said, shard
 
-from knobs.table import Actors, Bench, entry, with_leaves
+from knobs.table import Actors, Bench, entry
 from rlsys.batch import jagged
 from rlsys.config.schema import RunConfig
 from rlsys.controller import job as jobs

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from composing import with_leaves
 from experiences import make_experience
 from model_folders import make_model_folder
 from rich.console import Console
 from training_batches import process_group, random_batch
 
-from knobs.table import Actors, Bench, entry, updating_trainer, with_leaves
+from knobs.table import Actors, Bench, entry, updating_trainer
 from rlsys.algorithms.requirements import critic_objective
 from rlsys.batch import jagged
 from rlsys.controller import collecting, run

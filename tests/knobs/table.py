@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +71,6 @@ def updating_trainer(**metrics: float) -> Actors:
     """Stands for the trainer group, whose updates come out with these metrics."""
     stepped = {"train/skipped": 0.0, "train/lr": 0.0, **metrics}
     return Actors({"forward_backward": lambda *_, **__: {"train/loss": 0.0}, "optim_step": lambda: stepped})
-
-
-def with_leaves(config: Any, leaves: Mapping[str, Any]) -> Any:
-    """The dataclass with other values of some dotted leaves."""
-    for leaf, value in leaves.items():
-        name, _, rest = leaf.partition(".")
-        config = replace(config, **{name: with_leaves(getattr(config, name), {rest: value}) if rest else value})
-    return config
 
 
 @dataclass
