@@ -26,10 +26,13 @@ def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     ("arguments", "says"),
     [
         ([], "+recipe=NAME"),
-        (["+recipe=grpo_qwem"], "known: grpo_qwen"),
+        (["+recipe=grpo_qwem"], "known: composer_qwen, dapo_qwen, grpo_qwen"),
         (["+recipe=grpo_qwen", "trainer.lrr=1"], "did you mean 'trainer.lr'?"),
         (["+recipe=grpo_qwen", "+trainer.lrr=1"], "did you mean 'trainer.lr'?"),
-        (["+recipe=grpo_qwen", "reward.parts.correct.args.mode=last"], "known: strip, ignore_case, tag"),
+        (
+            ["+recipe=grpo_qwen", "reward.parts.correct.use=exact_match", "reward.parts.correct.args.mode=last"],
+            "known: strip, ignore_case, tag",
+        ),
         (["+recipe=grpo_qwen", "reward.parts.correct.wieght=2"], "reward.parts.correct.wieght"),
         (["+recipe=grpo_qwen", "data=gsm9k"], "known: arithmetic"),
         (["+recipe=grpo_qwen", "trainer.lr=quick"], "valid number"),
@@ -39,6 +42,10 @@ def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["+recipe=grpo_qwen", "rollout.samples_per_prompt=1"], "rollout.samples_per_prompt"),
         (["+recipe=grpo_qwen", "reward.parts.correct.use=my_rewards.nothing"], "cannot be imported"),
         (["+recipe=grpo_qwen", "model.path=/nowhere/model"], "model.path"),
+        (["+recipe=sdpo_qwen", "algorithm.kl.coef=0.1"], "set algorithm.weight to more than 0"),
+        (["+recipe=dapo_qwen", "algorithm.filters={zero_varience: {}}"], "did you mean 'zero_variance'?"),
+        (["+recipe=composer_qwen", "hints.solution_template=see"], "the template has no {solution}"),
+        (["+recipe=composer_qwen", "replay.source=file"], "set replay.path to a JSONL file"),
     ],
 )
 def test_bad_input_gets_one_clear_error_and_exit_code_2(arguments: list[str], says: str, tmp_path: Path) -> None:
