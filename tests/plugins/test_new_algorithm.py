@@ -24,7 +24,14 @@ from rlsys.config.errors import UserError
 from rlsys.tracking.metrics import Line
 
 PAGE, MODULE = "how-to/new-algorithm.md", "my_algorithm"
-ONE_STEP = ("steps=1", "rollout=torch", "eval.every=0", "tracker.rollouts=1000", "checkpoint.export=false")
+ONE_STEP = (
+    "steps=1",
+    "rollout=torch",
+    "eval.every=0",
+    "data.prompts_per_step=8",
+    "tracker.rollouts=64",
+    "checkpoint.export=false",
+)
 
 
 @pytest.fixture
