@@ -51,9 +51,14 @@ def _no_critic(c: RunConfig) -> bool:
     return c.algorithm.advantage != "gae" and not _own(c.algorithm.advantage)
 
 
+def _no_response(c: RunConfig) -> bool:
+    """No channel looks at the sampled responses, only at pairs."""
+    return _no_policy(c) and _no_distillation(c)
+
+
 def _not_compared(c: RunConfig) -> bool:
     """Nothing looks at the sampler's log-probs beside the trainer's."""
-    return _no_policy(c) and (c.trainer.updates_per_step == 1 or c.algorithm.old_logprobs == "sampler")
+    return _no_response(c) and (c.trainer.updates_per_step == 1 or c.algorithm.old_logprobs == "sampler")
 
 
 def _no_ratio(c: RunConfig) -> bool:
@@ -122,7 +127,7 @@ _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
     (
         "rollout.mismatch_alarm",
         _not_compared,
-        "sampler and trainer are compared by the policy-gradient channel, or with trainer.updates_per_step=2 or more",
+        "no channel looks at the responses: set algorithm.weight or algorithm.distillation.weight to more than 0",
     ),
     ("algorithm.max_refills", lambda c: not c.algorithm.filters, "no group is filtered: set algorithm.filters"),
     *(
@@ -190,9 +195,11 @@ _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
         (f"guards.limits.{name}", _no_critic, "it watches the critic: set algorithm.advantage=gae")
         for name in ("variance", "distance", "variance_start", "distance_start")
     ),
-    *(
-        (f"guards.limits.{name}", lambda c: _no_policy(c) and _no_kl(c), "set algorithm.weight to more than 0")
-        for name in ("kl", "entropy")
+    ("guards.limits.kl", lambda c: _no_policy(c) and _no_kl(c), "set algorithm.weight to more than 0"),
+    (
+        "guards.limits.entropy",
+        _no_response,
+        "no channel looks at the responses: set algorithm.weight or algorithm.distillation.weight to more than 0",
     ),
     ("algorithm.loss_options.clip_low", _never_clips, _CLIPS),
     ("algorithm.loss_options.clip_high", _never_clips, _CLIPS),

@@ -18,6 +18,7 @@ NO_POLICY: Leaves = {"algorithm.weight": 0.0, "algorithm.distillation.weight": 1
 TEACHER: Leaves = {"algorithm.distillation.weight": 0.1, "hints.max_tokens": 64}
 HYBRID: Leaves = {"algorithm.distillation.hybrid": 0.9, "hints.max_tokens": 64}
 PAIRS: Leaves = {"algorithm.preference.weight": 0.1}
+PAIRS_ALONE: Leaves = PAIRS | {"algorithm.weight": 0.0}
 TWO: Leaves = {"trainer.updates_per_step": 2}
 OWN = "my_module:mine"
 
@@ -60,7 +61,7 @@ CASES: list[tuple[str, Any, Leaves, Leaves]] = [
     ("algorithm.max_refills", 5, {}, {"algorithm.filters": {"zero_variance": {}}}),
     ("reward.permute", True, NO_POLICY, {}),
     ("algorithm.old_logprobs", "sampler", NO_POLICY | {"algorithm.distillation.ratio_cap": None}, NO_POLICY),
-    ("rollout.mismatch_alarm", 0.1, NO_POLICY, NO_POLICY | TWO),
+    ("rollout.mismatch_alarm", 0.1, PAIRS_ALONE, NO_POLICY),
     ("trainer.critic.lr", 0.1, {}, {"algorithm.advantage": "gae"}),
     ("trainer.critic.path", "x", {"algorithm.advantage": "rloo"}, {"algorithm.advantage": OWN}),
     ("trainer.critic.warmup_steps", 2, {}, {"algorithm.advantage": "my_module.mine"}),
@@ -111,7 +112,7 @@ CASES: list[tuple[str, Any, Leaves, Leaves]] = [
     ("guards.limits.variance", 0.1, {}, {"algorithm.advantage": "gae"}),
     ("guards.limits", {"distance_start": None}, {}, {"algorithm.advantage": OWN}),
     ("guards.limits.kl", 5.0, NO_POLICY, {}),
-    ("guards.limits.entropy", None, NO_POLICY, {}),
+    ("guards.limits.entropy", None, PAIRS_ALONE, NO_POLICY),
 ]
 
 
