@@ -57,10 +57,8 @@ def needs_reference(config: RunConfig) -> bool:
     """Whether any term reads the reference's log-probs."""
     algorithm = config.algorithm
     loss = reads_of(POLICY_LOSSES.get(algorithm.loss, where="algorithm.loss"))
-    return (
-        algorithm.kl.coef > 0
-        or (algorithm.weight > 0 and "ref_logprobs" in loss)
-        or (algorithm.preference.weight > 0 and preference_reads_reference(algorithm.preference.loss))
+    return (algorithm.weight > 0 and (algorithm.kl.coef > 0 or "ref_logprobs" in loss)) or (
+        algorithm.preference.weight > 0 and preference_reads_reference(algorithm.preference.loss)
     )
 
 
@@ -72,22 +70,23 @@ def needs_teacher(config: RunConfig) -> bool:
 
 def needs_critic(config: RunConfig) -> bool:
     """Whether the estimator reads values."""
-    return "values" in estimator_reads(config.algorithm.advantage)
+    return config.algorithm.weight > 0 and "values" in estimator_reads(config.algorithm.advantage)
 
 
 def token_level(config: RunConfig) -> bool:
     """Whether the estimator needs tokens and therefore runs in the trainer's ranks."""
-    return is_token_level(config.algorithm.advantage)
+    return config.algorithm.weight > 0 and is_token_level(config.algorithm.advantage)
 
 
 def needs_baselines(config: RunConfig) -> bool:
     """Whether the estimator compares with the reward of a greedy response."""
-    return "baselines" in estimator_reads(config.algorithm.advantage)
+    return config.algorithm.weight > 0 and "baselines" in estimator_reads(config.algorithm.advantage)
 
 
 def penalises_kl(config: RunConfig) -> bool:
     """Whether the KL to the reference is a penalty on the reward."""
-    return config.algorithm.kl.coef > 0 and config.algorithm.kl.placement == "reward"
+    algorithm = config.algorithm
+    return algorithm.weight > 0 and algorithm.kl.coef > 0 and algorithm.kl.placement == "reward"
 
 
 def needs_old_logprobs(config: RunConfig) -> bool:
@@ -96,7 +95,7 @@ def needs_old_logprobs(config: RunConfig) -> bool:
     With one optimiser step a batch the update computes it on the way; with ``old_logprobs=sampler`` the sampler has.
     """
     algorithm = config.algorithm
-    if penalises_kl(config) or algorithm.entropy_quantile:
+    if penalises_kl(config) or (algorithm.weight > 0 and algorithm.entropy_quantile):
         return True
     if algorithm.old_logprobs == "sampler":
         return False

@@ -188,6 +188,8 @@ class Job:
         if self.config.reward.permute:
             order = np.random.default_rng([self.config.seed, self.state.step]).permutation(order)
         rewards = experience.rewards.astype(np.float64)[order]
+        if not self.config.algorithm.weight:  # nobody reads them
+            return np.zeros(len(experience), dtype=np.float32)
         if reference_kl is not None:
             coef = step_state.kl_coef(self.config, self.state.extra)
             mean = float(reference_kl.sum() / max(experience.rollout("sampled_tokens").sum(), 1))

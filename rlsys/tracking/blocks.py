@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from rlsys.config.schema import RunConfig
+from rlsys.config.schema import AlgorithmConfig, RunConfig
 
 ACCENT = "cyan"
 _BARS = "▁▂▃▄▅▆▇█"
@@ -96,7 +96,6 @@ def header_rows(
         resumed_step: the step that the run goes on from.
     """
     data, rollout, algorithm = config.data, config.rollout, config.algorithm
-    kl = f" · KL {algorithm.kl.coef:g} ({algorithm.kl.estimator}, in the {algorithm.kl.placement})"
     samples = data.prompts_per_step * rollout.samples_per_prompt
     training = "endless" if training_problems is None else count(training_problems)
     return {
@@ -109,14 +108,28 @@ def header_rows(
         + (" · permuted over the batch: the control" if config.reward.permute else ""),
         "batch": f"{data.prompts_per_step} prompts × {rollout.samples_per_prompt} samples = {samples} responses "
         f"a step, at most {data.max_response_tokens} tokens each",
-        "algorithm": f"{algorithm.advantage} · {algorithm.loss} · {algorithm.aggregation} · lr {config.trainer.lr:g}"
-        + (kl if algorithm.kl.coef else ""),
+        "algorithm": f"{_channels(algorithm)} · lr {config.trainer.lr:g}",
         "steps": f"{config.steps} · seed {config.seed}"
         + (f" · resumed after step {resumed_step}" if resumed_step is not None else ""),
         "cluster": f"{cluster} · trainer: {ranks} × {config.trainer.backend} · "
         f"sampler: {rollout.workers} × {rollout.engine}",
         "run folder": short_path(run_folder),
     }
+
+
+def _channels(algorithm: AlgorithmConfig) -> str:
+    """The terms of the loss, each with its weight where that is not 1."""
+    kl, distillation, preference = algorithm.kl, algorithm.distillation, algorithm.preference
+    policy = f"{algorithm.advantage} · {algorithm.loss} · {algorithm.aggregation}"
+    if kl.coef:
+        policy += f" · KL {kl.coef:g} ({kl.estimator}, in the {kl.placement})"
+    teacher = f"distillation ({distillation.divergence}, teacher: {distillation.teacher})"
+    terms = (
+        (algorithm.weight, policy),
+        (distillation.weight, teacher),
+        (preference.weight, f"preferences ({preference.loss})"),
+    )
+    return " + ".join((f"{weight:g} × " if weight != 1 else "") + text for weight, text in terms if weight)
 
 
 def header_block(title: str, rows: Mapping[str, str]) -> RenderableType:
