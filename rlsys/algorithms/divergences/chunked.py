@@ -16,8 +16,9 @@ from torch.autograd.function import once_differentiable
 from rlsys.algorithms.divergences import Divergence, check_divergence, entropy
 from rlsys.config.plugins import reads_of
 
-# Elements of one [chunk, V] tensor: 16 MiB in float32, of which about ten exist at once.
-CHUNK_ELEMENTS = 1 << 22
+# Elements of one [chunk, V] tensor, of which about eight exist at once: 8 MiB each in float32; a GPU, which reads the
+# head anew for every chunk, gets twice that.
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 22}
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def token_divergence(
         top_k: then the divergence is over the student's k likeliest words, with the probabilities that student and
             teacher give them. None or ≥ V: over all V.
         tail: with top_k, all other words are one more, with their summed probability; else the k are made to sum to 1.
-        chunk: tokens whose logits exist at once; None: so many that chunk · V is about 4 million.
+        chunk: tokens whose logits exist at once; None: so many that chunk · V is a few million.
 
     Raises:
         ValueError: shapes that do not go together, vocabularies of different size, a divergence that reads targets or t
@@ -101,7 +102,7 @@ def token_divergence(
         temperature=temperature,
         top_k=top_k,
         tail=tail,
-        chunk=chunk or max(1, CHUNK_ELEMENTS // len(head.weight)),
+        chunk=chunk or max(1, CHUNK_ELEMENTS.get(hidden.device.type, 1 << 22) // max(1, len(head.weight))),
     )
     parts = [tensor for part in teacher for tensor in (part.hidden, part.head.weight, part.head.bias)]
     loss, logprobs, teacher_entropy = _TokenDivergence.apply(spec, hidden, head.weight, head.bias, targets, *parts)
@@ -133,6 +134,10 @@ class _Spec:
             logits = one if logits is None else logits.add_(one)
         return torch.log_softmax(logits.div_(self.temperature), dim=-1)
 
+    def student(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[c, V] log-probs."""
+        return torch.log_softmax(_logits(hidden, weight, bias).div_(self.temperature), dim=-1)
+
     def losses(self, student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
         """[c] from log-probs [c, V]."""
         if self.top_k is not None and self.top_k < student.shape[1]:
@@ -146,6 +151,24 @@ class _Spec:
                 f"but the function returned {tuple(losses.shape)}"
             )
         return losses
+
+    def grad_logits(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        teacher: torch.Tensor,
+        targets: torch.Tensor | None,
+        grad_losses: torch.Tensor,
+    ) -> torch.Tensor:
+        """[c, V] gradient of the logits before the temperature."""
+        log_p = self.student(hidden, weight, bias).requires_grad_()
+        with torch.enable_grad():
+            losses = self.losses(log_p, teacher, targets)
+        del teacher
+        (grad,) = torch.autograd.grad(losses, log_p, grad_losses)
+        # past the softmax: grad − p Σ grad
+        return torch.addcmul(grad, log_p.detach().exp(), grad.sum(-1, keepdim=True), value=-1).div_(self.temperature)
 
 
 class _TokenDivergence(torch.autograd.Function):
@@ -165,13 +188,13 @@ class _TokenDivergence(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         logprobs, teacher_entropy = torch.zeros_like(losses), torch.empty_like(losses)
         for part in spec.chunks(len(hidden)):
+            wanted = None if targets is None else targets[part]
             teacher = spec.teacher(parts, part)
             teacher_entropy[part] = entropy(teacher)
-            wanted = None if targets is None else targets[part]
             if wanted is not None:
                 logprobs[part] = teacher.gather(1, wanted[:, None])[:, 0]
-            student = torch.log_softmax(_logits(hidden[part], weight, bias).div_(spec.temperature), dim=-1)
-            losses[part] = spec.losses(student, teacher, wanted)
+            losses[part] = spec.losses(spec.student(hidden[part], weight, bias), teacher, wanted)
+            del teacher  # or it would be there while the next is made
         ctx.spec = spec
         ctx.save_for_backward(hidden, weight, bias, targets, *parts)
         ctx.mark_non_differentiable(logprobs, teacher_entropy)
@@ -187,16 +210,21 @@ class _TokenDivergence(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=grad_losses.dtype) if for_weight else None
         grad_bias = torch.zeros_like(bias, dtype=grad_losses.dtype) if for_bias else None
         for part in spec.chunks(len(hidden)):
-            teacher = spec.teacher(parts, part)
-            logits = _logits(hidden[part], weight, bias).div_(spec.temperature)
-            grad_logits = _grad_logits(spec, logits, teacher, targets, part, grad_losses[part]).div_(spec.temperature)
-            del teacher, logits
+            grad_logits = spec.grad_logits(
+                hidden[part],
+                weight,
+                bias,
+                spec.teacher(parts, part),
+                None if targets is None else targets[part],
+                grad_losses[part],
+            )
             if grad_hidden is not None:
                 grad_hidden[part] = grad_logits.to(weight.dtype) @ weight
             if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.T, hidden[part].to(grad_weight.dtype))
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
+            del grad_logits
         return (
             None,
             grad_hidden,
@@ -205,20 +233,6 @@ class _TokenDivergence(torch.autograd.Function):
             None,
             *[None] * len(parts),
         )
-
-
-def _grad_logits(
-    spec: _Spec,
-    logits: torch.Tensor,
-    teacher: torch.Tensor,
-    targets: torch.Tensor | None,
-    part: slice,
-    grad_losses: torch.Tensor,
-) -> torch.Tensor:
-    with torch.enable_grad():
-        leaf = logits.requires_grad_()
-        losses = spec.losses(torch.log_softmax(leaf, dim=-1), teacher, None if targets is None else targets[part])
-    return torch.autograd.grad(losses, leaf, grad_losses)[0]
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -31,12 +31,15 @@ def jsd(student: torch.Tensor, teacher: torch.Tensor, *, alpha: float = 0.5) -> 
     if alpha == 1:
         return kl(student, teacher)
     with torch.no_grad():
-        mixture = _log_mixture(student, teacher, alpha)
-    # M minimises this sum, so its own derivative is 0 and it needs no gradient.
-    return (1 - alpha) * kl(student, mixture) + alpha * kl(teacher, mixture)
+        gap = teacher - student
+        to_mixture = _log_mixture(gap, alpha)
+        from_teacher = (teacher.exp() * (gap - to_mixture)).sum(-1)
+    # S times a constant has the whole gradient, (1−α) S log(S/M): how M and log S move cancels out word by word.
+    return alpha * from_teacher - (1 - alpha) * (student.exp() * to_mixture).sum(-1)
 
 
-def _log_mixture(student: torch.Tensor, teacher: torch.Tensor, alpha: float) -> torch.Tensor:
-    """log((1−α) S + α T), exactly log S where S = T: the larger one, plus log1p of what the smaller takes off."""
-    smaller = torch.where(student < teacher, student.new_tensor(1 - alpha), student.new_tensor(alpha))
-    return torch.maximum(student, teacher) + torch.log1p(smaller * torch.expm1(-(student - teacher).abs()))
+def _log_mixture(gap: torch.Tensor, alpha: float) -> torch.Tensor:
+    """log M − log S from log T − log S; exactly 0 where that is. The larger of S and T is taken out, so that nothing
+    overflows, and round-off is relative to the result, not to log S."""
+    smaller = torch.where(gap > 0, gap.new_tensor(1 - alpha), gap.new_tensor(alpha))
+    return gap.clamp(min=0) + torch.log1p(smaller * torch.expm1(-gap.abs()))

@@ -38,6 +38,8 @@ def taid(
         UserError: an option of the schedule is out of its range.
     """
     check_schedule(t_start, t_end, alpha, beta)
-    # t = 0 leaves even an infinite teacher log-prob out, which a product with 0 would not.
-    mixed = student.detach() if t == 0 else torch.lerp(student.detach(), teacher, t)
-    return -(torch.softmax(mixed, dim=-1) * student).sum(-1)
+    present = student.exp()
+    fixed = student.detach()
+    target = present.detach() if t == 0 else torch.softmax(torch.lerp(fixed, teacher, t), dim=-1)
+    # What is added is 0, and makes the derivative S − p_t word by word: exactly 0 where the target is the student.
+    return (present - present.detach() - target * student).sum(-1)

@@ -1,0 +1,161 @@
+"""How much memory a full-vocabulary divergence takes: by chunks of tokens, and as one [tokens, vocabulary] computation.
+
+    python -m benchmarks.divergence_memory [--json PATH] [--out docs/results] [--quick]
+
+Each measurement is a process of its own on the CPU: it makes hidden states and two heads in float32, writes down the
+resident memory, runs one forward and backward pass of the JSD (gradients of hidden states and of the head included),
+and takes the peak of its resident memory less what was written down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import rlsys
+from rlsys.algorithms.divergences.chunked import Head, TeacherPart, token_divergence
+from rlsys.algorithms.divergences.jsd import jsd
+
+WORDS, WIDTH = 151_936, 256
+LIMIT = 0.1
+MIB = 2**20
+
+
+def measure(kind: str, tokens: int, words: int) -> dict[str, Any]:
+    """One pass in this process, which must not have used more memory before."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, other = torch.randn(2, tokens, WIDTH, generator=generator)
+    weight, teacher_weight = (torch.randn(words, WIDTH, generator=generator).div_(WIDTH**0.5) for _ in range(2))
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    run = chunked if kind == "chunked" else dense
+    run(hidden[:1], weight[:64], other[:1], teacher_weight[:64])  # loads what is loaded on the first use
+    hidden.grad = weight.grad = None
+    before, peak_before = psutil.Process().memory_info().rss, peak_rss()
+    began = time.monotonic()
+    loss = run(hidden, weight, other, teacher_weight)
+    return {
+        "kind": kind,
+        "tokens": tokens,
+        "words": words,
+        "extra_bytes": max(peak_rss(), peak_before) - before,
+        "inputs_bytes": before,
+        "head_gradient_bytes": weight.grad.nbytes,
+        "seconds": time.monotonic() - began,
+        "loss": loss / tokens,
+        "gradient_norm": float(weight.grad.norm()),
+    }
+
+
+def chunked(hidden: torch.Tensor, weight: torch.Tensor, other: torch.Tensor, teacher_weight: torch.Tensor) -> float:
+    teacher = [TeacherPart(1.0, other, Head(teacher_weight, None))]
+    loss = token_divergence(hidden, Head(weight, None), teacher, "jsd", {}).loss.sum()
+    loss.backward()
+    return loss.item()
+
+
+def dense(hidden: torch.Tensor, weight: torch.Tensor, other: torch.Tensor, teacher_weight: torch.Tensor) -> float:
+    """The same formula on all tokens at once; nothing is kept that autograd does not need."""
+    with torch.no_grad():
+        teacher = torch.log_softmax(other @ teacher_weight.T, dim=-1)
+    loss = jsd(torch.log_softmax(hidden @ weight.T, dim=-1), teacher).sum()
+    loss.backward()
+    return loss.item()
+
+
+def peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measured(kind: str, tokens: int, words: int) -> dict[str, Any]:
+    """In a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.divergence_memory", "--measure", kind, str(tokens), str(words)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| computation | tokens × words | extra memory at the peak | of it the head's gradient | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for r in results:
+        lines.append(
+            f"| {r['kind']} | {r['tokens']:,} × {r['words']:,} | {r['extra_bytes'] / MIB:,.0f} MiB "
+            f"| {r['head_gradient_bytes'] / MIB:,.0f} MiB | {r['seconds']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def report(figures: dict[str, Any]) -> str:
+    _, chunked_, long = figures["measurements"]
+    size = 4 * long["tokens"] * long["words"] / MIB
+    return f"""# Memory of a full-vocabulary divergence
+
+JSD of student and teacher over the whole vocabulary, forward and backward, hidden size {WIDTH}, float32. *Dense*
+computes the [tokens, words] log-probs of both at once and lets autograd differentiate; *chunked* is
+`rlsys.algorithms.divergences.chunked.token_divergence` with its default chunk.
+
+{table(figures["measurements"])}
+
+At {chunked_["tokens"]:,} tokens the chunked computation needs **{figures["ratio"]:.1%}** of the dense one's extra
+memory (the limit is {LIMIT:.0%}); without the gradient of the head [words, {WIDTH}], which both must hold,
+{figures["ratio_without_head_gradient"]:.1%}. It grows with the tokens only by their hidden states' gradient and a few
+numbers each. One [{long["tokens"]:,}, {long["words"]:,}] tensor would take {size:,.0f} MiB, and the dense computation
+several. Both give the same loss and gradient: relative differences {figures["loss_difference"]:.0e} and
+{figures["gradient_difference"]:.0e} (norm of the head's gradient).
+
+Extra memory: the peak of the process's resident memory (`ru_maxrss`) less its resident memory just before the forward
+pass, when interpreter, libraries, hidden states and both heads are there already. Each row is a process of its own.
+Nothing is subtracted from it: the gradients that the pass leaves behind are part of it.
+
+Measured on {date.today().isoformat()} with `python -m benchmarks.divergence_memory`: {os.cpu_count()} cores
+({platform.machine()}), no GPU, Python {platform.python_version()}, torch {torch.__version__}, rlsys
+{rlsys.__version__}. Other work ran on the same cores, so the seconds are upper bounds.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="folder for the Markdown page")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the words: does it run at all")
+    parser.add_argument("--measure", nargs=3, metavar=("KIND", "TOKENS", "WORDS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        kind, tokens, words = arguments.measure
+        print(json.dumps(measure(kind, int(tokens), int(words))))
+        return
+    words = WORDS // 10 if arguments.quick else WORDS
+    runs = [measured("dense", 1024, words), measured("chunked", 1024, words), measured("chunked", 8192, words)]
+    whole, parts = runs[:2]
+    figures = {
+        "limit": LIMIT,
+        "ratio": parts["extra_bytes"] / whole["extra_bytes"],
+        "ratio_without_head_gradient": (parts["extra_bytes"] - parts["head_gradient_bytes"])
+        / (whole["extra_bytes"] - whole["head_gradient_bytes"]),
+        "loss_difference": abs(parts["loss"] / whole["loss"] - 1),
+        "gradient_difference": abs(parts["gradient_norm"] / whole["gradient_norm"] - 1),
+        "measurements": runs,
+    }
+    print(table(runs) + f"\n\nchunked / dense: {figures['ratio']:.1%} (limit {LIMIT:.0%})")
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "divergence_memory.md").write_text(report(figures), encoding="utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
