@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 from composing import run_config
-from knobs import channels, data, guards, hints, replay, running, steps, training  # noqa: F401 - they fill the table
+from knobs import (  # noqa: F401 - they fill the table
+    channels,
+    data,
+    guards,
+    hints,
+    replay,
+    running,
+    steps,
+    surroundings,
+    training,
+)
 from knobs.table import TABLE, Bench, Check
 from model_folders import make_model_folder
 

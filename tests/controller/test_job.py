@@ -9,9 +9,10 @@ import pytest
 from composing import run_config
 from experiences import make_experience
 
+from rlsys.algorithms.requirements import needs_old_logprobs, penalises_kl
 from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.config.errors import UserError
-from rlsys.controller.job import Job, Observers, needs_old_logprobs, reward_kl
+from rlsys.controller.job import Job, Observers
 from rlsys.controller.metrics import experience_metrics
 from rlsys.engines.sync.verify import SyncError
 from rlsys.workers.waits import StopFlag
@@ -52,9 +53,9 @@ def test_old_logprobs_take_a_pass_of_their_own_only_where_nothing_else_has_them(
 
 
 def test_kl_is_a_penalty_on_the_reward_only_with_a_coefficient() -> None:
-    assert reward_kl(run_config(*KL_IN_REWARD))
-    assert not reward_kl(run_config("algorithm.kl.placement=reward"))
-    assert not reward_kl(run_config("algorithm.kl.coef=0.1"))
+    assert penalises_kl(run_config(*KL_IN_REWARD))
+    assert not penalises_kl(run_config("algorithm.kl.placement=reward"))
+    assert not penalises_kl(run_config("algorithm.kl.coef=0.1"))
 
 
 # --- advantages ---

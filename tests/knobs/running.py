@@ -1,9 +1,8 @@
-"""The run itself: name, steps, seed, rollout.*, reward.*, eval.*, checkpoint.*, deadlines.*, cluster.*, tracker.*."""
+"""The run itself: name, steps, seed, rollout.*, reward.*, eval.*, checkpoint.*."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from experiences import make_experience
 
@@ -19,9 +17,8 @@ from knobs.table import Actors, Bench, entry
 from rlsys.batch import DataProto, jagged
 from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
-from rlsys.cluster import session
-from rlsys.cluster.placement import ActorSpec, plan
-from rlsys.config.schema import ClusterConfig, DeadlineConfig, RewardPart, TorchRollout, VllmRollout
+from rlsys.cluster.placement import plan
+from rlsys.config.schema import RewardPart, TorchRollout, VllmRollout
 from rlsys.controller import collecting, run
 from rlsys.controller import job as jobs
 from rlsys.controller.loop import train
@@ -34,12 +31,9 @@ from rlsys.rewards.base import Failure
 from rlsys.rewards.budget import RewardBudgetExceeded
 from rlsys.rewards.compose import ScoredSample
 from rlsys.rewards.pool import RewardPool
-from rlsys.tracking.display import PlainDisplay
-from rlsys.tracking.live import LiveDisplay
-from rlsys.workers.experience import Experience, collect
-from rlsys.workers.groups import TrainerGroup, _Actor
+from rlsys.workers.experience import Experience
 from rlsys.workers.rollout import RolloutWorker, SampleRequest
-from rlsys.workers.waits import Call, DeadlineExceeded, StopFlag
+from rlsys.workers.waits import StopFlag
 
 # --- the run ---
 
@@ -326,127 +320,7 @@ def export(bench: Bench) -> None:
     assert [exported(value) for value in ("true", "false")] == [1, 0]
 
 
-# --- deadlines.* ---
-
-
-def silent(bench: Bench) -> ray.ObjectRef:
-    """The reference of an answer that never comes."""
-    bench.request.getfixturevalue("ray_cluster")
-
-    @ray.remote(num_cpus=0, max_retries=0)
-    def hang() -> None:
-        import threading
-
-        threading.Event().wait()
-
-    ref = hang.remote()
-    bench.request.addfinalizer(lambda: ray.cancel(ref, force=True))
-    return ref
-
-
-def too_late(phase: str, wait: Callable[[DeadlineConfig], Any]) -> None:
-    with pytest.raises(DeadlineExceeded, match=f"within 0.125 s in phase '{phase}'"):
-        wait(replace(DeadlineConfig(), **{phase: 0.125}))
-
-
-@entry("deadlines.start", "deadlines.train", "deadlines.sync", "deadlines.checkpoint")
-def trainer_deadlines(bench: Bench) -> None:
-    ref = silent(bench)
-
-    class Silent:
-        def __getattr__(self, method: str) -> Any:
-            return SimpleNamespace(remote=lambda *_, **__: ref)
-
-    def group(deadlines: DeadlineConfig) -> TrainerGroup:
-        made = TrainerGroup.__new__(TrainerGroup)
-        made._deadlines, made._stop = deadlines, StopFlag()
-        made._actors = [_Actor(ActorSpec("trainer", 0), Silent())]
-        return made
-
-    config = bench.config()
-    options: dict[str, Any] = {"temperature": 1.0, "total_steps": 1, "seed": 0}
-    too_late("start", lambda d: group(d).starting(config.model, config.trainer, **options))
-    too_late("train", lambda d: group(d).optim_step())
-    too_late("sync", lambda d: group(d).export_weights("float32"))
-    too_late("checkpoint", lambda d: group(d).save_state("nowhere"))
-
-
-@entry("deadlines.rollout", "deadlines.reward", "deadlines.reference")
-def experience_deadlines(bench: Bench) -> None:
-    never = silent(bench)
-    shard = make_experience([[2, 2]]).shards[0]
-    prompts = bench.inputs("data.prompts_per_step=1").prompts.next_batch()
-
-    def collecting(phase: str) -> Callable[[DeadlineConfig], Any]:
-        def answered(summary: Any, late: str) -> ray.ObjectRef:
-            return never if phase == late else ray.put(summary)
-
-        rollout = Actors({"generate": lambda *_: [Call(answered(shard.rollout, "rollout"), "sampler", "responses")]})
-        score = lambda *_, payload, **__: (None, Call(answered(shard.reward, "reward"), "reward", "rewards", payload))  # noqa: E731
-        reference = Actors({"logprobs": lambda _: (None, Call(answered(4, "reference"), "reference", "log-probs"))})
-        request = SampleRequest(2, 1.0, 8, run_seed=0)
-        return lambda d: collect(prompts, request, rollout, Actors({"score": score}), reference, d, StopFlag())  # type: ignore[arg-type]
-
-    for phase in ("rollout", "reward", "reference"):
-        too_late(phase, collecting(phase))
-
-
-# --- cluster.*, tracker.* ---
-
-
-@entry("cluster.address", "cluster.object_store_gib")
-def connection(bench: Bench) -> None:
-    asked: list[dict[str, Any]] = []
-
-    def init(**arguments: Any) -> Any:
-        asked.append(arguments)
-        return SimpleNamespace(address_info={})
-
-    for name, fake in {"init": init, "cluster_resources": dict, "shutdown": lambda: None}.items():
-        bench.monkeypatch.setattr(session.ray, name, fake)
-    for config in (ClusterConfig(), ClusterConfig(object_store_gib=2.0), ClusterConfig(address="10.0.0.1:6379")):
-        with session.connect(config):
-            pass
-    assert [arguments["address"] for arguments in asked] == ["local", "local", "10.0.0.1:6379"]
-    assert [arguments["object_store_memory"] for arguments in asked] == [1 << 29, 2 << 30, None]
-
-
-@entry("cluster.threads")
-def threads(bench: Bench) -> None:
-    actors = plan(bench.config("cluster.threads=3"), gpus=0, cores=8).actors
-    assert {a.env["OMP_NUM_THREADS"] for a in actors if a.role != "reward"} == {"3"}
-
-
-@entry("tracker.use")
-def tracker_use(bench: Bench) -> None:
-    used = bench.started("tracker.use=[knobs.plugins.FileTracker]").folder.path
-    assert (used / "tracked").exists()
-    assert not (bench.started().folder.path / "tracked").exists()
-
-
-@entry("tracker.project")
-def tracker_project(bench: Bench) -> None:
-    wandb = pytest.importorskip("wandb")
-    asked: list[str] = []
-
-    def init(**arguments: Any) -> Any:
-        asked.append(arguments["project"])
-        return Actors()
-
-    bench.monkeypatch.setattr(wandb, "init", init)
-    bench.monkeypatch.setenv("WANDB_MODE", "offline")
-    bench.monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    bench.started("tracker.use=[wandb]", "tracker.project=mine")
-    assert asked == ["mine"]
-
-
 @entry("tracker.rollouts")
 def tracker_rollouts(bench: Bench) -> None:
     rows = [requested(bench, f"tracker.rollouts={n}")[1]["record_rows"] for n in (0, 8, 9)]
     assert rows == [0, 8, 16], "whole groups of eight"
-
-
-@entry("tracker.display")
-def tracker_display(bench: Bench) -> None:
-    shown = [type(bench.started(f"tracker.display={mode}").display) for mode in ("plain", "live")]
-    assert shown == [PlainDisplay, LiveDisplay]
