@@ -29,6 +29,7 @@ def objective(config: RunConfig) -> Objective:
         distillation = Distillation.from_config(
             algorithm.distillation,
             old_logprobs="column" if column else "self",
+            entropy=not algorithm.weight,
             mismatch=not own_pass and not algorithm.weight,
         )
         channels["distillation"] = (distillation, algorithm.distillation.weight)

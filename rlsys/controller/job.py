@@ -331,7 +331,8 @@ class Job:
                 if self.groups.critic is not None:
                     (partial / _CRITIC).mkdir()
                     self.groups.critic.save_state(str(partial / _CRITIC))
-                self.state = replace(self.state, extra=self.state.extra | {"collapse": self.collapse.state_dict()})
+                watched = {"collapse": self.collapse.state_dict(), "dead_steps": dict(self._dead_steps)}
+                self.state = replace(self.state, extra=self.state.extra | watched)
                 self.state.write(partial)
                 current = self.state.extra.get("evaluated") == self.state.step
                 path = self.store.commit(
@@ -356,6 +357,7 @@ class Job:
             self.pairs.load_state_dict(self.state.extra["pairs"])
         if "collapse" in self.state.extra:
             self.collapse.load_state_dict(self.state.extra["collapse"])
+            self._dead_steps = Counter(self.state.extra["dead_steps"])
         self._saved_step = self.state.step
 
     # --- inside ---

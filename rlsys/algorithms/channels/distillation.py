@@ -32,14 +32,15 @@ class Distillation:
     spec: what the forward pass computes.
     ratio_cap: None: token losses are not weighed. The ratio carries no gradient.
     old_logprobs: as of PolicyGradient; ``self``: the ratio is 1.
-    mismatch: also report the policy's entropy and how far π is from the sampler's μ on the sampled tokens, where no
-        policy-gradient channel does; reads ``rollout_logprobs``.
+    entropy: also report the policy's entropy on the sampled tokens, where no policy-gradient channel does.
+    mismatch: also report how far π is from the sampler's μ on the sampled tokens; reads ``rollout_logprobs``.
     """
 
     spec: DivergencePass
     ratio_cap: float | None = 2.0
     aggregation: Literal["token-mean", "seq-mean-token-mean"] = "token-mean"
     old_logprobs: Literal["column", "self"] = "column"
+    entropy: bool = False
     mismatch: bool = False
 
     sequences = ("response",)
@@ -47,11 +48,16 @@ class Distillation:
 
     @classmethod
     def from_config(
-        cls, config: DistillationConfig, *, old_logprobs: Literal["column", "self"], mismatch: bool = False
+        cls,
+        config: DistillationConfig,
+        *,
+        old_logprobs: Literal["column", "self"],
+        entropy: bool = False,
+        mismatch: bool = False,
     ) -> Distillation:
         """The channel that ``algorithm.distillation.*`` describes."""
         spec = DivergencePass(config.divergence, dict(config.divergence_options), top_k=config.top_k, tail=config.tail)
-        return cls(spec, config.ratio_cap, config.aggregation, old_logprobs, mismatch)
+        return cls(spec, config.ratio_cap, config.aggregation, old_logprobs, entropy, mismatch)
 
     @property
     def divergence(self) -> DivergencePass:
@@ -87,13 +93,14 @@ class Distillation:
             "live_fraction": live_fraction(mask, batch),
         }
         maxima: dict[str, torch.Tensor] = {}
+        sampled = batch.columns["response_mask"]
+        if self.entropy:
+            sums["entropy"] = (output.entropy.detach()[sampled].sum(), sampled.sum())
         if self.mismatch:
-            sampled = batch.columns["response_mask"]
             off = mismatch_sums(output.logprobs.detach(), batch.columns["rollout_logprobs"], sampled)
             sums |= {
                 "mismatch_abs_mean": (off.absolute, off.tokens),
                 "mismatch_kl": (off.k3, off.tokens),
-                "entropy": (output.entropy.detach()[sampled].sum(), off.tokens),
             }
             maxima["mismatch_abs_max"] = off.largest
         return ChannelSums((torch.where(mask, tokens, 0.0) * weights).sum(), {"tokens": count}, sums, maxima)

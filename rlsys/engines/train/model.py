@@ -123,7 +123,8 @@ class ValueModel(nn.Module):
         """Values [K], float32, of the states after which the tokens at ``positions`` come; arguments as PolicyModel."""
         hidden = self.lm(input_ids=input_ids, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, positions)
-        return self.value_head(hidden)[:, 0].float()
+        # A copy: what a sharded module returns must not be a view.
+        return self.value_head(hidden).squeeze(-1).to(torch.float32, copy=True)
 
 
 def load_causal_lm(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
