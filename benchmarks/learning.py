@@ -43,7 +43,10 @@ mpl.use("agg")
 import matplotlib.pyplot as plt
 
 LEARNING_RATES = ("1e-4", "3e-4", "1e-3")
-_SMALL = ("data.prompts_per_step=8", "rollout.samples_per_prompt=4", "eval.every=2", "trainer.schedule=constant")
+_SMALL = (
+    "data.prompts_per_step=8", "rollout.samples_per_prompt=4", "steps=60", "eval.every=1", "eval.problems=500",
+    "trainer.schedule=constant",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,23 @@ def reach() -> dict[str, list[str]]:
     return {name.upper(): [f"+recipe={name}_qwen"] for name in ("grpo", "dapo", "gspo", "ppo")}
 
 
-def sdpo() -> dict[str, list[str]]:
+def stubborn_start(folder: Path) -> Path:
+    """The bundled start, trained on to make nearly every slip unless it is told of it: right answers to problems that
+    invite one are rare among its samples."""
+    out = folder / "stubborn"
+    make = [sys.executable, "recipes/start_model/make.py", "--out", str(out), "--steps", "100", "--slips", "0.97"]
+    subprocess.run([*make, "--origin", "recipes/start_model/checkpoints/arithmetic"], check=True, capture_output=True)
+    return out
+
+
+def sdpo(folder: Path) -> dict[str, list[str]]:
     settings = {}
+    small = [*_SMALL, f"model.path={stubborn_start(folder)}"]
     for lr in LEARNING_RATES:
-        settings[f"GRPO lr {lr}"] = ["+recipe=grpo_qwen", *_SMALL, "steps=60", f"trainer.lr={lr}"]
+        settings[f"GRPO lr {lr}"] = ["+recipe=grpo_qwen", *small, f"trainer.lr={lr}"]
     for lr in LEARNING_RATES:
         settings[f"SDPO lr {lr}"] = [
-            "+recipe=sdpo_qwen", *_SMALL, "steps=60", f"trainer.lr={lr}", "hints.source=[feedback]"
+            "+recipe=sdpo_qwen", *small, f"trainer.lr={lr}", "hints.source=[feedback]"
         ]  # fmt: skip
     return settings
 
@@ -245,10 +258,12 @@ EXPERIMENTS = {
     ),
     "sdpo": Experiment(
         "Self-distillation from feedback, against GRPO",
-        "Both with 8 prompts × 4 samples a step and a constant learning rate, over the same three learning rates. The "
-        "feedback names the kind of mistake (a forgotten carry, a misread seven) and never contains a digit; "
-        "SDPO has no other source of hints here. Accuracy is measured every two steps.",
-        lambda _: sdpo(),
+        "Both with 8 prompts × 4 samples a step and a constant learning rate, over the same three learning rates, from "
+        "the bundled start trained on to forget 97 % of its carries and to misread 97 % of its sevens unless it is told: "
+        "successes on the problems that matter are rare. The feedback names the kind of mistake (a missing carry, a "
+        "misread digit) and never contains a digit; SDPO has no other source of hints here. Accuracy on 500 held-out "
+        "problems is measured after every step.",
+        sdpo,
         sdpo_text,
     ),
     "composed": Experiment(

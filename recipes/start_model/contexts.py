@@ -57,9 +57,9 @@ def written(value: int) -> str:
     return f"{value:0{DIGITS + 1}d}"
 
 
-def failed_attempt(problem: Problem, rng: np.random.Generator) -> str | None:
+def failed_attempt(problem: Problem, rng: np.random.Generator, usual: Care = USUAL) -> str | None:
     """A wrong response of a careless solver, now and then with an odd digit; None where this one is right."""
-    attempt = written(careless_sum(problem.a, problem.b, rng))
+    attempt = written(careless_sum(problem.a, problem.b, rng, usual))
     if rng.random() < WILD:
         place = rng.integers(len(attempt))
         attempt = f"{attempt[:place]}{rng.integers(10)}{attempt[place + 1 :]}"
@@ -81,13 +81,13 @@ def kind(rng: np.random.Generator) -> tuple[str, ...]:
     return ()
 
 
-def example(problems: Sequence[Problem], rng: np.random.Generator) -> Example:
-    """One row to imitate, of one of ``problems``."""
+def example(problems: Sequence[Problem], rng: np.random.Generator, usual: Care = USUAL) -> Example:
+    """One row to imitate, of one of ``problems``. usual: how careful the solver is without a context."""
     sections, attempt = kind(rng), None
     problem = problems[rng.integers(len(problems))]
-    while "feedback" in sections and (attempt := failed_attempt(problem, rng)) is None:
+    while "feedback" in sections and (attempt := failed_attempt(problem, rng, usual)) is None:
         problem = problems[rng.integers(len(problems))]
-    text, solved, shown, care = prompt(problem, DIGITS), answer(problem, DIGITS), {}, USUAL
+    text, solved, shown, care = prompt(problem, DIGITS), answer(problem, DIGITS), {}, usual
     if attempt is not None:
         shown["feedback"] = feedback(text, solved, attempt)
         care = care_after(shown["feedback"])

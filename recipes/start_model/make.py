@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,7 @@ from rlsys.workers.trainer import Slice
 from rlsys.workers.waits import StopFlag, gather
 
 sys.path.insert(0, str(Path(__file__).parent))
+from careless import FORGETS_CARRY, MISREADS_SEVEN, USUAL, Care
 from contexts import DIGITS, example
 from tokenizer import END, VOCABULARY, make_tokenizer
 
@@ -74,15 +77,15 @@ def fresh_model(folder: Path) -> None:
 class Solvers:
     """Rows of problems, alone or with something in the context, and solvers' answers; drawn anew each step."""
 
-    def __init__(self, problems: Sequence[Problem]):
-        self._problems = problems
+    def __init__(self, problems: Sequence[Problem], usual: Care = USUAL):
+        self._problems, self._usual = problems, usual
         self._tokenizer = make_tokenizer()
         self._ids: dict[str, int] = self._tokenizer.get_vocab()
 
     def draw(self, step: int) -> DataProto:
         """[ROWS] rows for one training step; a pure function of ``step``."""
         rng = np.random.default_rng([SEED, step])
-        examples = [example(self._problems, rng) for _ in range(ROWS)]
+        examples = [example(self._problems, rng, self._usual) for _ in range(ROWS)]
         prompts = [self._encode(row.text) for row in examples]
         responses = [torch.tensor([*(self._ids[c] for c in row.response), self._ids[END]]) for row in examples]
         return DataProto.from_dict(
@@ -100,18 +103,28 @@ class Solvers:
         )
 
 
-def train(out: Path, steps: int, threads: int) -> list[float]:
-    """Trains from scratch for ``steps`` and writes ``out``. Returns the loss of every step."""
+def stubborn(share: float) -> Care:
+    """Solvers who make every slip that a problem invites with this probability."""
+    return Care(share / FORGETS_CARRY, share / MISREADS_SEVEN)
+
+
+def train(out: Path, steps: int, threads: int, usual: Care = USUAL, origin: Path | None = None) -> list[float]:
+    """Trains for ``steps`` and writes ``out``: from scratch, or from the model in ``origin`` with half the learning
+    rate. Returns the loss of every step."""
     training, _ = split(DATA.digits, DATA.operations, DATA.held_out, DATA.split_seed)
-    solvers, losses = Solvers(training), []
+    solvers, losses = Solvers(training, usual), []
+    trainer = TRAINER if origin is None else replace(TRAINER, lr=TRAINER.lr / 2)
     with ExitStack() as stack:
         start = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        fresh_model(start)
+        if origin is None:
+            fresh_model(start)
+        else:
+            shutil.copytree(origin, start, dirs_exist_ok=True)
         stack.enter_context(connect(ClusterConfig()))
         plan = Plan((ActorSpec("trainer", 0, threads=threads, env={"OMP_NUM_THREADS": str(threads)}),), ())
         group = TrainerGroup(Placement(plan, seconds=60), DeadlineConfig(), StopFlag())
         stack.callback(group.close)
-        calls = group.starting(ModelConfig(path=str(start)), TRAINER, temperature=1.0, total_steps=steps, seed=SEED)
+        calls = group.starting(ModelConfig(path=str(start)), trainer, temperature=1.0, total_steps=steps, seed=SEED)
         gather(calls, phase="start", seconds=300)
         group.set_objective(Objective({"cross_entropy": (CrossEntropy(), 1.0)}))
         progress = stack.enter_context(Progress())
@@ -134,5 +147,8 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model into")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--slips", type=float, help="probability of every slip; without it those of careless.py")
+    parser.add_argument("--origin", type=Path, help="a model folder to go on from; without it from random weights")
     arguments = parser.parse_args()
-    train(arguments.out, arguments.steps, arguments.threads)
+    usual = USUAL if arguments.slips is None else stubborn(arguments.slips)
+    train(arguments.out, arguments.steps, arguments.threads, usual, arguments.origin)
