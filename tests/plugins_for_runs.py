@@ -6,6 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from rlsys.algorithms.losses import PolicyLoss
 from rlsys.environments.base import SamplingClient, Trajectory
 from rlsys.environments.single_turn import SingleTurn
 
@@ -33,3 +36,16 @@ class Stuck(SingleTurn):
         if task["prompt"] == "stuck":
             time.sleep(3600)
         return await super().run(prompt_ids, task, client)
+
+
+def spiky_digits(response: str, task: dict[str, Any]) -> float:
+    """:func:`digits`; a hundred times that on the prompt ``spike``, and 0 on ``flat``."""
+    return {"spike": 100.0, "flat": 0.0}.get(task["prompt"], 1.0) * digits(response, task)
+
+
+def fragile(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *, limit: float
+) -> PolicyLoss:
+    """A policy-gradient loss that is not a number where an advantage is above ``limit``."""
+    tokens = -advantages * logprobs * torch.sqrt(limit - advantages)
+    return PolicyLoss(torch.where(mask, tokens, 0.0), {})

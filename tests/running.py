@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -67,6 +68,39 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
+def comparable(folder: Path) -> list[Line]:
+    """The run's metrics without those that measure the machine."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    measured = ("time/", "throughput/", "memory/")
+    return [{name: value for name, value in line.items() if not name.startswith(measured)} for line in lines]
+
+
+def tensors_below(folder: Path) -> dict[str, bytes]:
+    """Content of every file of tensors below ``folder``."""
+    return {name: content for name, content in files_below(folder).items() if name.endswith(".safetensors")}
+
+
+def died_after(step: int, folder: Path, root: Path) -> Path:
+    """A copy, below ``root/runs``, of a run that wrote checkpoints every step, as it would be had it been killed right
+    after the checkpoint of ``step``."""
+    copy = Path(shutil.copytree(folder, root / "runs" / folder.name))
+    for path in (copy / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    for path in (copy / "rollouts").iterdir():
+        if int(path.stem.removeprefix("step-")) > step:
+            path.unlink()
+    write_jsonl(copy / "metrics.jsonl", [line for line in read_jsonl(copy / "metrics.jsonl") if line["step"] <= step])
+    shutil.rmtree(copy / "model", ignore_errors=True)
+    (copy / "summary.json").unlink()
+    return copy
+
+
+def said_at_the_end(folder: Path) -> str:
+    """Why the run says that it ended."""
+    return next(event["text"] for event in read_jsonl(folder / "events.jsonl") if event["kind"] == "end")
+
+
 def files_below(folder: Path) -> dict[str, bytes]:
     """Content of every file below ``folder``."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -80,15 +114,14 @@ def job_process() -> Iterator[RunJob]:
     """Runs jobs in one process of their own on one Ray cluster, which joins and leaves between jobs as users' would.
 
     Yields:
-        ``run(root, *overrides)``: the exit code of that job; its run folder is below ``root/runs``.
+        ``run(root, *overrides, recipe=…)``: the exit code of that job; its run folder is below ``root/runs``.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         address = pool.submit(_start_cluster).result(RUN_S)
 
-        def run(root: Path, *overrides: str) -> int:
-            config = run_config(
-                *SMALL, f"run_root={root / 'runs'}", "cluster=ray", f"cluster.address='{address}'", *overrides
-            )
+        def run(root: Path, *overrides: str, recipe: str = "grpo_qwen") -> int:
+            cluster = (f"run_root={root / 'runs'}", "cluster=ray", f"cluster.address='{address}'")
+            config = run_config(*SMALL, *cluster, *overrides, recipe=recipe)
             return pool.submit(_run_job, config).result(RUN_S)
 
         try:

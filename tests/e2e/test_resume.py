@@ -16,6 +16,7 @@ from model_folders import make_model_folder
 from running import (
     RUN_S,
     command,
+    comparable,
     environment,
     files_below,
     launch,
@@ -27,7 +28,7 @@ from running import (
 
 from rlsys import launch as command_line
 from rlsys.checkpoint.store import CheckpointStore
-from rlsys.tracking.metrics import Line, read_metrics
+from rlsys.tracking.metrics import read_metrics
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -113,13 +114,6 @@ def interrupt(arguments: list[str], root: Path) -> tuple[subprocess.CompletedPro
 def steps_done(root: Path) -> int:
     metrics = [folder / "metrics.jsonl" for folder in run_folders(root)]
     return max((line["step"] for file in metrics if file.exists() for line in read_metrics(file)), default=0)
-
-
-def comparable(folder: Path) -> list[Line]:
-    """The run's metrics without those that measure the machine."""
-    lines = read_metrics(folder / "metrics.jsonl")
-    measured = ("time/", "throughput/", "memory/")
-    return [{name: value for name, value in line.items() if not name.startswith(measured)} for line in lines]
 
 
 def test_ctrl_c_ends_the_run_with_a_checkpoint_and_leaves_no_process(sessions: Sessions) -> None:
