@@ -259,8 +259,8 @@ EXPERIMENTS = {
     "sdpo": Experiment(
         "Self-distillation from feedback, against GRPO",
         "Both with 8 prompts × 4 samples a step and a constant learning rate, over the same three learning rates, from "
-        "the bundled start trained on to forget 97 % of its carries and to misread 97 % of its sevens unless it is told: "
-        "successes on the problems that matter are rare. The feedback names the kind of mistake (a missing carry, a "
+        "the bundled start trained on to forget 97 % of its carries and to misread 97 % of its sevens unless it is "
+        "told: successes on the problems that matter are rare. The feedback names the kind of mistake (a missing carry, a "
         "misread digit) and never contains a digit; SDPO has no other source of hints here. Accuracy on 500 held-out "
         "problems is measured after every step.",
         sdpo,
