@@ -238,11 +238,12 @@ class Job:
         groups = self.groups
         metrics: dict[str, float] = {}
         if groups.critic is not None:
-            metrics |= groups.critic.forward_backward(u, [{} for _ in self._rows])
+            found = groups.critic.forward_backward(u, [{} for _ in self._rows])
             self.whole = False
-            stepped = groups.critic.optim_step()
-            metrics |= {f"critic/{name.removeprefix('train/')}": value for name, value in stepped.items()}
-            metrics = {name.replace("train/", "critic/"): value for name, value in metrics.items()}
+            found |= groups.critic.optim_step()
+            # The engine's own are the critic's too, unless its loss has one of that name.
+            metrics |= {name.replace("train/", "critic/"): value for name, value in found.items()}
+            metrics |= {name: value for name, value in found.items() if name.startswith("critic/")}
             self._guard_skipped(metrics["critic/skipped"], u, groups.critic)
             if self.state.step < self.config.trainer.critic.warmup_steps:
                 return metrics
@@ -428,7 +429,8 @@ class Job:
         for members in np.array_split(np.arange(len(pairs)), updates):
             parts = balanced_partitions([int(tokens[row]) for row in members], ranks)
             for rank, part in enumerate(parts):
-                result[rank].append([Slice((ref,), members[part])] if part else [])
+                # A rank that is given none still gets their columns, with no rows.
+                result[rank].append([Slice((ref,), members[np.asarray(part, dtype=np.int64)])])
         return result
 
     def _with_reference(self, pairs: DataProto) -> DataProto:

@@ -67,6 +67,7 @@ _MEASURED_ON_THE_WAY = {
         ("mismatch_abs_max", "logprob_abs_max"),
     )
 }
+_COUNTS = ("tokens", "pairs", "micro_batches")  # of a channel or an engine
 _OF_THE_POLICY = {"distillation/entropy": "policy/entropy"}
 
 
@@ -78,7 +79,7 @@ def combine_updates(updates: list[dict[str, float]]) -> dict[str, float]:
         values = [update[name] for update in updates]
         if name in _MEASURED_ON_THE_WAY:
             result[_MEASURED_ON_THE_WAY[name]] = values[0]
-        elif name in ("train/tokens", "train/micro_batches"):
+        elif name.rpartition("/")[2] in _COUNTS:
             result[name] = sum(values)
         else:
             shown = _OF_THE_POLICY.get(name, name)

@@ -241,11 +241,12 @@ def _groups(
         if session.gpus:  # vLLM measures the GPU while it starts, and takes what others load meanwhile for its own
             gather(samplers, phase="start", seconds=deadlines.start, stop=stop)
             samplers = []
+        warmup = config.trainer.critic.warmup_steps if groups.critic is not None else 0
         trainers = groups.trainer.starting(
             resolved.model,
             resolved.trainer,
             temperature=config.rollout.temperature,
-            total_steps=config.steps * config.trainer.updates_per_step,
+            total_steps=max(config.steps - warmup, 1) * config.trainer.updates_per_step,
             seed=config.seed,
             distillation=resolved.algorithm.distillation if needs_teacher(config) else None,
         )

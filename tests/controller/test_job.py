@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from composing import run_config
 from experiences import make_experience
+from training_batches import random_batch
 
 from rlsys.algorithms.requirements import needs_old_logprobs, penalises_kl
 from rlsys.checkpoint.controller_state import ControllerState
@@ -15,6 +18,9 @@ from rlsys.config.errors import UserError
 from rlsys.controller.job import Job, Observers
 from rlsys.controller.metrics import experience_metrics
 from rlsys.engines.sync.verify import SyncError
+from rlsys.replay.pair_files import Pair
+from rlsys.replay.pairs import PairStream
+from rlsys.workers.trainer import Slice, TrainerWorker
 from rlsys.workers.waits import StopFlag
 
 KL_IN_REWARD = ("algorithm.kl.coef=0.1", "algorithm.kl.placement=reward")
@@ -89,6 +95,28 @@ def test_kl_to_the_reference_is_taken_off_the_reward() -> None:
     advantages = make_job(*KL_IN_REWARD).advantages(EXPERIENCE, reference_kl)
     assert advantages[:4] == pytest.approx([0, 0, 0, 0], abs=1e-6)
     assert (advantages[4:6] > 0).all()
+
+
+# --- pairs of a file ---
+
+
+@pytest.mark.ray
+def test_a_rank_without_pairs_has_their_columns(ray_cluster: None) -> None:
+    """Two pairs over two updates of three ranks: most have none, and still take part in the loss."""
+    job = make_job("trainer.updates_per_step=2")
+    pairs = [Pair(f"p{i}", [5, 6], [7, 8, 1], [9, 1], f"pairs.jsonl:{i + 1}") for i in range(2)]
+    job.pairs = PairStream(pairs, pairs_per_step=2, seed=0)
+    job.groups = SimpleNamespace(trainer=range(3), reference=None)  # type: ignore[assignment]
+    samples = ray.put(random_batch(rows=4))
+    found = []
+    for rank, slices in enumerate(job._next_pairs()):
+        worker = TrainerWorker(rank, 3)
+        worker.load_batch([[Slice((samples,), np.array([u]))] for u in range(2)], pairs=slices)
+        for batch in worker._updates:
+            columns = batch.batch
+            assert len(columns["response_ids"].offsets()) == len(columns["chosen_ids"].offsets()) == len(batch) + 1
+            found.append(int(columns["pair_slot"].sum()))
+    assert sorted(found) == [0, 0, 0, 0, 1, 1]
 
 
 # --- a run that ends between an update and the end of its step ---

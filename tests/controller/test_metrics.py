@@ -40,12 +40,16 @@ def test_a_part_that_was_gated_everywhere_has_no_mean() -> None:
 def test_updates_counts_add_up_maxima_stay_the_rest_is_averaged() -> None:
     first = {"policy/loss": 1.0, "train/tokens": 10.0, "policy/ratio_max": 1.5, "train/micro_batches": 1.0}
     second = {"policy/loss": 3.0, "train/tokens": 30.0, "policy/ratio_max": 1.2, "train/micro_batches": 2.0}
+    first |= {"policy/tokens": 8.0, "preference/pairs": 2.0}
+    second |= {"policy/tokens": 25.0, "preference/pairs": 1.0}
     combined = combine_updates([first, second])
     assert combined == {
         "policy/loss": 2.0,
         "train/tokens": 40.0,
         "policy/ratio_max": 1.5,
         "train/micro_batches": 3.0,
+        "policy/tokens": 33.0,
+        "preference/pairs": 3.0,
     }
 
 

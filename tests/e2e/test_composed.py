@@ -1,4 +1,4 @@
-"""GRPO, self-distillation and replayed preferences in one step of two trainer ranks: each channel finds what the rollouts
+"""GRPO, self-distillation and replayed preferences in one step of two trainer ranks: each channel finds what rollouts
 hold for it, and a run that died goes on bit for bit."""
 
 from __future__ import annotations

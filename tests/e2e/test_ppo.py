@@ -84,6 +84,18 @@ def test_while_the_critic_warms_up_the_policy_stays_as_it_was(whole: Path, model
     assert math.isfinite(steps_of(whole)[WARMUP]["policy/loss"])
 
 
+def test_the_policys_schedule_spans_the_steps_in_which_it_learns(whole: Path) -> None:
+    """It falls in a straight line to 0, over two updates a step."""
+    updates = 2 * (STEPS - WARMUP)
+    shown = [line["train/lr"] for line in steps_of(whole)[WARMUP:]]
+    assert shown == pytest.approx([1e-4 * (updates - 2 * i - 0.5) / updates for i in range(STEPS - WARMUP)])
+
+
+def test_the_critic_counts_the_tokens_that_it_values(whole: Path) -> None:
+    for line in steps_of(whole):
+        assert line["critic/tokens"] == line["rollout/tokens"]
+
+
 def test_a_checkpoint_holds_the_critic_and_a_run_that_died_goes_on_bit_for_bit(
     run: Run, whole: Path, model: Path, tmp_path: Path
 ) -> None:

@@ -80,6 +80,7 @@ def test_groups_without_signal_are_replaced_until_the_batch_has_its_size(run: Ru
     assert first["rollout/samples"] == second["rollout/samples"] == GROUPS * SAMPLES
     assert (second["filter/rounds"], second["filter/generated"]) == (0, GROUPS * SAMPLES)
     assert first["advantage/groups_without_signal"] == 0
+    assert first["policy/tokens"] == first["rollout/tokens"]  # of both updates, and of no dropped group
     recorded = by_group(rollouts(tmp_path))
     assert [group[0]["prompt"] for group in recorded.values()] == PROMPTS[:4]
     for group in recorded.values():
