@@ -132,11 +132,11 @@ class _Spec:
             one = _logits(states[part], weight, bias)
             one = one if mix == 1.0 else one.mul_(mix)
             logits = one if logits is None else logits.add_(one)
-        return torch.log_softmax(logits.div_(self.temperature), dim=-1)
+        return torch.log_softmax(_scaled(logits, self.temperature), dim=-1)
 
     def student(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[c, V] log-probs."""
-        return torch.log_softmax(_logits(hidden, weight, bias).div_(self.temperature), dim=-1)
+        return torch.log_softmax(_scaled(_logits(hidden, weight, bias), self.temperature), dim=-1)
 
     def losses(self, student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
         """[c] from log-probs [c, V]."""
@@ -168,7 +168,8 @@ class _Spec:
         del teacher
         (grad,) = torch.autograd.grad(losses, log_p, grad_losses)
         # past the softmax: grad − p Σ grad
-        return torch.addcmul(grad, log_p.detach().exp(), grad.sum(-1, keepdim=True), value=-1).div_(self.temperature)
+        grad = torch.addcmul(grad, log_p.detach().exp(), grad.sum(-1, keepdim=True), value=-1)
+        return _scaled(grad, self.temperature)
 
 
 class _TokenDivergence(torch.autograd.Function):
@@ -240,6 +241,11 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def _scaled(values: torch.Tensor, temperature: float) -> torch.Tensor:
+    """In place."""
+    return values if temperature == 1.0 else values.div_(temperature)
+
+
 def _at(log_p: torch.Tensor, top: torch.Tensor, tail: bool) -> torch.Tensor:
     """[c, k + 1] or [c, k] from [c, V]: these words, and the rest as one.
 
@@ -274,15 +280,11 @@ def _check_shapes(
     for part in teacher:
         _check_head("teacher", part.hidden, part.head)
         if len(part.head.weight) != len(head.weight):
-            raise ValueError(
-                f"student and teacher have vocabularies of different size: {len(head.weight)} and "
-                f"{len(part.head.weight)} words"
-            )
+            sizes = f"{len(head.weight)} and {len(part.head.weight)} words"
+            raise ValueError(f"student and teacher have vocabularies of different size: {sizes}")
         if len(part.hidden) != len(hidden):
-            raise ValueError(
-                f"student and teacher are about the same tokens, but their hidden states are {tuple(hidden.shape)} and "
-                f"{tuple(part.hidden.shape)}"
-            )
+            shapes = f"{tuple(hidden.shape)} and {tuple(part.hidden.shape)}"
+            raise ValueError(f"student's and teacher's hidden states are of different tokens: {shapes}")
     if targets is not None and targets.shape != hidden.shape[:1]:
         raise ValueError(f"hidden states {tuple(hidden.shape)} have no targets {tuple(targets.shape)}")
 
