@@ -116,8 +116,9 @@ At {chunked_["tokens"]:,} tokens the chunked computation needs **{figures["ratio
 memory (the limit is {LIMIT:.0%}); without the gradient of the head [words, {WIDTH}], which both must hold,
 {figures["ratio_without_head_gradient"]:.1%}. It grows with the tokens only by their hidden states' gradient and a few
 numbers each. It pays with time, {parts_time:.1f} times the dense one's here: every logit is computed twice, and the
-head is read anew for each {chunk} tokens. One [{long["tokens"]:,}, {long["words"]:,}] tensor would take {size:,.0f} MiB,
-and the dense computation several. Loss and norm of the head's gradient differ by at most {agreement:.0e} of their size (float32 resolves 6e-08).
+head is read anew for each {chunk} tokens. One [{long["tokens"]:,}, {long["words"]:,}] tensor would take
+{size:,.0f} MiB, and the dense computation several. Loss and norm of the head's gradient differ by at most
+{agreement:.0e} of their size (float32 resolves 6e-08).
 
 Extra memory: the peak of the process's resident memory (`ru_maxrss`) less its resident memory just before the forward
 pass, when interpreter, libraries, hidden states and both heads are there already. Each row is a process of its own.
