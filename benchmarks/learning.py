@@ -259,11 +259,12 @@ EXPERIMENTS = {
     ),
     "sdpo": Experiment(
         "Self-distillation from feedback, against GRPO",
-        "Both with 8 prompts × 4 samples a step and a constant learning rate, over the same three learning rates, from "
-        "the bundled start trained on to forget 97 % of its carries and to misread 97 % of its sevens unless it is told. "
-        "So successes on the problems that matter are rare. The feedback names the kind of mistake (carry missing, digit "
-        "misread) and never contains a digit; SDPO (forward KL, teacher frozen at step 0) has no other source of hints "
-        "here. Accuracy on 500 held-out problems is measured every two steps. GRPO runs for 100 steps, SDPO for 60.",
+        "Both with 8 prompts × 4 samples a step and a constant learning rate, over the same three learning "
+        "rates, from the bundled start trained on to forget 97 % of its carries and to misread 97 % of its "
+        "sevens unless it is told. So successes on the problems that matter are rare. The feedback names the "
+        "kind of mistake (carry missing, digit misread) and never contains a digit; SDPO (forward KL, teacher "
+        "frozen at step 0) has no other source of hints here. Accuracy on 500 held-out problems is measured "
+        "every two steps. GRPO runs for 100 steps, SDPO for 60.",
         sdpo,
         sdpo_text,
     ),
