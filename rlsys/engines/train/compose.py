@@ -18,7 +18,7 @@ from rlsys.algorithms.objective import Channel, DivergencePass, ForwardOutput, O
 from rlsys.batch import DataProto
 from rlsys.config.errors import UserError
 from rlsys.config.plugins import reads_of
-from rlsys.engines.train.model import PolicyModel, _check_head, context_length
+from rlsys.engines.train.model import PolicyModel, check_head, context_length
 from rlsys.engines.train.rows import MicroBatch, RankRows
 from rlsys.engines.train.teacher import Teacher
 
@@ -92,7 +92,7 @@ def compose_loss(
             raise UserError(f"a weight is a number of at least 0, not {value}", where=name)
     if not (math.isfinite(temperature) and temperature > 0):
         raise UserError(f"a temperature is above 0, not {temperature}", where="temperature")
-    _check_head(model, model.name_or_path or type(model).__name__)
+    check_head(model, model.name_or_path or type(model).__name__)
     columns = {} if batch.batch is None else {name: column.cpu() for name, column in batch.batch.items()}
     with _own_names():
         spec = _spec(sdpo_wrapper, dict(sdpo_options or {}), taid_t, entropy_opd_h_max)

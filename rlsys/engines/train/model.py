@@ -162,7 +162,7 @@ def load_causal_lm(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             where="model.path",
             fix="the folder's config.json and its weights do not belong together, or a part of the weights is missing",
         )
-    _check_head(lm, model.path)
+    check_head(lm, model.path)
     return lm.eval()
 
 
@@ -207,7 +207,12 @@ def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _check_head(lm: PreTrainedModel, path: str) -> None:
+def check_head(lm: PreTrainedModel, path: str) -> None:
+    """That log-probs can be computed from hidden states and the head's weights alone.
+
+    Raises:
+        UserError: the model does something else to its logits, or has no linear head.
+    """
     transforms = [name for name in _LOGIT_TRANSFORMS if getattr(lm.config, name, None) not in (None, 1, 1.0)]
     if transforms:
         raise UserError(
