@@ -25,6 +25,7 @@ from rlsys.replay.functional import functional_pattern
 from rlsys.replay.hints import TeacherContexts
 from rlsys.replay.pairs import PairStream, load_pairs
 from rlsys.rewards.compose import build_parts
+from rlsys.tracking.collapse import CollapseMonitor
 
 _CHECKED_PROMPTS = 20_000  # encoded before the run, so that one that is too long is found now; seconds
 
@@ -50,11 +51,12 @@ def check_inputs(config: RunConfig) -> Inputs:
     """Loads what is cheap to load and looks at the rest.
 
     Raises:
-        UserError: model, tokenizer, data, reward, estimator, loss or environment cannot be used.
+        UserError: model, tokenizer, data, reward, estimator, loss, guard or environment cannot be used.
     """
     try_out(config)
     ENVIRONMENTS.get(config.rollout.environment, where="rollout.environment")
     build_parts(config.reward.parts)
+    CollapseMonitor(config.guards.limits, config.guards.every)
     if isinstance(config.rollout, VllmRollout) and config.rollout.engine_args:
         try:  # seconds to import: only where there is something to check
             from vllm.engine.arg_utils import AsyncEngineArgs
