@@ -224,6 +224,8 @@ class Job:
             self.stop.grace_s = _UPDATE_GRACE_S
             totals: list[dict[str, float]] = []
             for u in range(config.trainer.updates_per_step):
+                if self.pairs is None and not any(len(updates[u]) for updates in self._rows):
+                    continue  # filters left fewer groups than updates; a step on nothing would be one of momentum alone
                 number = self.state.step * config.trainer.updates_per_step + u + 1
                 totals.append(self._update(u, advantages, step_state.settings(config, self._extra, step)))
                 self._extra = step_state.after_update(config, self._extra, totals[-1], number)

@@ -216,7 +216,7 @@ class TrainerWorker:
             values: a critic's, of the same rows.
 
         Returns:
-            ``returns`` of every update's rows, and what the driver sees of the advantages.
+            ``returns`` of every update's samples, and what the driver sees of the advantages.
         """
         flat = [_flat(batch, rewards, request) for batch, rewards in zip(self._updates, request.rewards, strict=True)]
         starts = np.cumsum([0, *(len(batch) for batch in self._updates)])
@@ -241,7 +241,7 @@ class TrainerWorker:
         returns: list[DataProto] = []
         means: list[np.ndarray] = []
         start = 0
-        for batch, part in zip(self._updates, flat, strict=True):
+        for batch, part, rewards in zip(self._updates, flat, request.rewards, strict=True):
             stop = start + len(part[1])
             if not len(batch):
                 returns.append(DataProto())
@@ -250,9 +250,9 @@ class TrainerWorker:
             lengths = jagged.lengths(batch.batch["response_mask"])
             column = jagged.from_values(made.advantages[start:stop], lengths)
             batch.batch["advantages"] = column
-            returns.append(
-                DataProto.from_dict(tensors={"returns": jagged.from_values(made.returns[start:stop], lengths)})
-            )
+            # The critic has no pairs: they follow the samples, and have no response.
+            kept = jagged.from_values(made.returns[start:stop], lengths[: len(rewards)])
+            returns.append(DataProto.from_dict(tensors={"returns": kept}) if len(rewards) else DataProto())
             sampled = jagged.segment_sum(batch.batch["response_mask"]).clamp(min=1)
             means.append((jagged.segment_sum(column) / sampled).numpy())
             start = stop

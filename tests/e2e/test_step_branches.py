@@ -54,8 +54,8 @@ def by_group(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 PROMPTS = ["flat", "a", "flat", "b", "flat", "c", "d", "e", "f", "g", "h", "flat"]
 
 
-def filtered(root: Path) -> tuple[str, ...]:
-    rows = write_jsonl(root / "rows.jsonl", [{"prompt": prompt, "answer": "1"} for prompt in PROMPTS])
+def filtered(root: Path, prompts: list[str] = PROMPTS) -> tuple[str, ...]:
+    rows = write_jsonl(root / "rows.jsonl", [{"prompt": prompt, "answer": "1"} for prompt in prompts])
     return (
         "data=file",
         f"data.path={rows}",
@@ -95,6 +95,22 @@ def test_out_of_refills_a_step_goes_on_with_fewer_groups(run: Run, model: Path, 
     (step,) = steps_of(only_run(tmp_path))
     assert (step["filter/rounds"], step["filter/groups"], step["filter/generated"]) == (1, 3, 6 * SAMPLES)
     assert step["rollout/samples"] == 3 * SAMPLES
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_fewer_groups_than_updates_are_a_small_step_and_no_error(
+    kept: int, run: Run, model: Path, tmp_path: Path
+) -> None:
+    """Where no group has signal the step is trained on as it was sampled: every advantage is 0."""
+    prompts = ["a"] * kept + ["flat"] * (GROUPS - kept)
+    overrides = (*TINY, *filtered(tmp_path, prompts), f"model.path={model}", "algorithm.max_refills=0")
+    assert run(tmp_path, *overrides, recipe="dapo_qwen") == 0
+    (step,) = steps_of(only_run(tmp_path))
+    assert step["filter/groups"] == kept
+    assert step["rollout/samples"] == (kept or GROUPS) * SAMPLES
+    assert step["policy/tokens"] == step["rollout/tokens"]
+    assert (step["train/grad_norm"] > 0) is (kept > 0)
+    assert step["train/skipped"] == 0
 
 
 def greedy_reward(model: Path, prompt_ids: list[int]) -> float:

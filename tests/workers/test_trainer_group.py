@@ -74,6 +74,9 @@ def test_ranks_agree_and_a_rank_without_rows_takes_part(ray_cluster: None, tmp_p
         shared, _ = one_step(group, [[0, 1, 4, 5], [2, 3]])
     with trainers(folder, 2, micro_batch_tokens=24) as group:
         idle, _ = one_step(group, [[0, 1, 2, 3, 4, 5], []])
+        nothing, _ = one_step(group, [[], []])
+    assert nothing.keys() == idle.keys()
+    assert (nothing["policy/loss"], nothing["train/grad_norm"], nothing["train/tokens"]) == (0, 0, 0)
     for other in (shared, idle):
         assert other["policy/loss"] == pytest.approx(alone["policy/loss"], abs=1e-5)
         assert other["train/grad_norm"] == pytest.approx(alone["train/grad_norm"], rel=1e-5)

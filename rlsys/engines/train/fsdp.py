@@ -120,7 +120,7 @@ class FsdpEngine:
         """See TrainEngine."""
         rows = self._rows(batch, objective)
         prepared = objective.prepare(rows.whole(), Ranks())
-        count = self._busiest(rows)
+        count = max(self._busiest(rows), 1)  # without a row anywhere there are still metrics, and a gradient of 0
         if channel_gradients:
             metrics = self._channel_by_channel(rows, objective, prepared, count)
         else:
