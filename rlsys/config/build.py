@@ -199,6 +199,12 @@ def cross_check(config: RunConfig) -> None:
             fix="use k1, k2 or k3, or algorithm.kl.placement=loss",
         )
     _check_kl(config)
+    if trainer.critic.warmup_steps >= config.steps:
+        raise UserError(
+            f"the critic warms up for {trainer.critic.warmup_steps} of {config.steps} steps, and the policy never learns",
+            where="trainer.critic.warmup_steps",
+            fix=f"set it to less than {config.steps}, or steps to more",
+        )
     _check_schedules(config)
     _check_budget(config)
 

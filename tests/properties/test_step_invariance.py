@@ -52,11 +52,6 @@ def every_channel(aggregation: Any = "token-mean", **policy: Any) -> dict[str, t
     }
 
 
-def tolerant(channels: dict[str, tuple[Channel, float]]) -> dict[str, tuple[Channel, float]]:
-    """Cross-entropy relies on the forward pass's zeros off the mask; the others take anything there."""
-    return {name: pair for name, pair in channels.items() if name != "imitation"}
-
-
 def random_batch(seed: int, lengths: list[int]) -> Batch:
     """Rows with responses of these lengths (0: pairs alone), their columns, and what the forward pass gave."""
     generator = torch.Generator().manual_seed(seed)
@@ -204,7 +199,7 @@ def test_padding_changes_nothing_whatever_it_holds(
 ) -> None:
     """Every row gets tokens behind its own, off every mask, that hold NaN and infinities."""
     batch = random_batch(seed, lengths)
-    objective = Objective(tolerant(every_channel(aggregation, entropy_quantile=0.0)))
+    objective = Objective(every_channel(aggregation, entropy_quantile=0.0))
     whole, expected = step(objective, batch)
     (flat, leaves), rubbish = batch, itertools.cycle([math.nan, math.inf, -math.inf])
     places: dict[str, torch.Tensor] = {}
@@ -241,7 +236,7 @@ def test_padding_changes_nothing_whatever_it_holds(
 def test_masked_tokens_have_exactly_no_gradient_whatever_they_hold(seed: int, lengths: list[int], loss: str) -> None:
     flat, leaves = random_batch(seed, lengths)
     aggregation = "seq-mean-token-mean" if loss in ("gspo", "gmpo") else "token-mean"
-    objective = Objective(tolerant(every_channel(aggregation, loss_name=loss, entropy_quantile=0.0)))
+    objective = Objective(every_channel(aggregation, loss_name=loss, entropy_quantile=0.0))
     off = {
         "response": ~flat.columns["response_mask"],
         **{side: ~flat.columns[f"{side}_mask"] for side in ("chosen", "rejected")},

@@ -36,4 +36,4 @@ class CrossEntropy:
             "entropy": (output.entropy.detach()[mask].sum(), mask.sum()),
             "live_fraction": live_fraction(mask, batch),
         }
-        return ChannelSums(-(output.logprobs * weights).sum(), {"tokens": mask.sum()}, sums)
+        return ChannelSums(-(torch.where(mask, output.logprobs, 0.0) * weights).sum(), {"tokens": mask.sum()}, sums)
