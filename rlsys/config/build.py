@@ -201,7 +201,7 @@ def cross_check(config: RunConfig) -> None:
     _check_kl(config)
     if trainer.critic.warmup_steps >= config.steps:
         raise UserError(
-            f"the critic warms up for {trainer.critic.warmup_steps} of {config.steps} steps, and the policy never learns",
+            f"the critic warms up for {trainer.critic.warmup_steps} of {config.steps} steps: the policy never learns",
             where="trainer.critic.warmup_steps",
             fix=f"set it to less than {config.steps}, or steps to more",
         )
