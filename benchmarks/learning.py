@@ -206,6 +206,12 @@ def sdpo_text(runs: Runs) -> str:
         else f"{family} does not reach 80 % with every seed at any of the learning rates."
         for family, found in best.items()
     ]
+    if best["SDPO"] and not best["GRPO"]:
+        generated = min(c.points[-1][0] for label, curves in runs.items() if label.startswith("GRPO") for c in curves)
+        said.append(
+            f"GRPO's runs end after {generated:,} samples: SDPO needs less than "
+            f"**{best['SDPO'][1] / generated:.2f}** of what GRPO would."
+        )
     if best["GRPO"] and best["SDPO"]:
         said.append(f"SDPO needs **{best['SDPO'][1] / best['GRPO'][1]:.2f}** of GRPO's samples.")
     return accuracy_table(runs, 0.8) + "\n\n" + "\n".join(said)
