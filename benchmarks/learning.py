@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -298,7 +298,8 @@ EXPERIMENTS = {
 }
 
 
-def page(name: str, experiment: Experiment, text: str, seeds: list[int]) -> str:
+def page(name: str, experiment: Experiment, text: str, seeds: list[int], extra: Sequence[str] = ()) -> str:
+    given = f" --extra {' '.join(extra)}" if extra else ""
     return f"""# {experiment.title}
 
 {experiment.intro} Seeds {", ".join(map(str, seeds))}; every line of the picture is one seed.
@@ -307,7 +308,7 @@ def page(name: str, experiment: Experiment, text: str, seeds: list[int]) -> str:
 
 ![curves](learning_{name}.png)
 
-Measured on {date.today().isoformat()} with `python -m benchmarks.learning {name}`: {os.cpu_count()} cores
+Measured on {date.today().isoformat()} with `python -m benchmarks.learning {name}{given}`: {os.cpu_count()} cores
 ({platform.machine()}), no GPU, Python {platform.python_version()}, torch {torch.__version__},
 rlsys {rlsys.__version__}.
 """
@@ -335,7 +336,7 @@ def main() -> None:
             if arguments.out:
                 arguments.out.mkdir(parents=True, exist_ok=True)
                 picture(runs, arguments.out / f"learning_{name}.png", experiment.title, experiment.curve)
-                content = page(name, experiment, text, arguments.seeds)
+                content = page(name, experiment, text, arguments.seeds, arguments.extra)
                 (arguments.out / f"learning_{name}.md").write_text(content, encoding="utf-8")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
