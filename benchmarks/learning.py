@@ -15,10 +15,8 @@ Writes ``learning_NAME.md`` and ``learning_NAME.png`` into ``--out``.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import random
 import re
 import statistics
@@ -28,14 +26,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import torch
 
-import rlsys
+from benchmarks import report
 from rlsys.data.arithmetic import answer, prompt, split
 from rlsys.tracking.metrics import read_metrics
 
@@ -308,21 +304,16 @@ def page(name: str, experiment: Experiment, text: str, seeds: list[int], extra: 
 
 ![curves](learning_{name}.png)
 
-Measured on {date.today().isoformat()} with `python -m benchmarks.learning {name}{given}`: {os.cpu_count()} cores
-({platform.machine()}), no GPU, Python {platform.python_version()}, torch {torch.__version__},
-rlsys {rlsys.__version__}.
+{report.measured(f"benchmarks.learning {name}{given}")}
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__)
     parser.add_argument("names", nargs="*", help=f"any of {', '.join(EXPERIMENTS)}; none: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--quick", action="store_true", help="2 steps and 50 problems: does it run at all")
     parser.add_argument("--extra", nargs="*", default=[], help="further overrides of every run")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--out", type=Path, help="folder for the pages and pictures")
     arguments = parser.parse_args()
     extra = [*arguments.extra, *(["steps=2", "eval.problems=50"] if arguments.quick else [])]
     figures: dict[str, Any] = {}
@@ -337,9 +328,9 @@ def main() -> None:
                 arguments.out.mkdir(parents=True, exist_ok=True)
                 picture(runs, arguments.out / f"learning_{name}.png", experiment.title, experiment.curve)
                 content = page(name, experiment, text, arguments.seeds, arguments.extra)
-                (arguments.out / f"learning_{name}.md").write_text(content, encoding="utf-8")
+                report.write_page(arguments.out, f"learning_{name}", content)
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        report.write_json(arguments.json, figures)
 
 
 if __name__ == "__main__":

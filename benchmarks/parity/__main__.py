@@ -7,21 +7,16 @@ Writes ``parity.md`` into ``--out`` and the worst error by name as JSON. Exit co
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import importlib.metadata
-import json
 import pkgutil
-import platform
 import sys
-from datetime import date
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 import benchmarks.parity
+from benchmarks import report
 from benchmarks.parity.case import Case, errors
 
 LIMIT = 1e-5  # of the absolute and of the relative error, in float32
@@ -53,14 +48,12 @@ def measure(seeds: int, console: Console) -> list[Row]:
     return rows
 
 
-def report(rows: list[Row], seeds: int) -> str:
+def page(rows: list[Row], seeds: int) -> str:
     """The page."""
-    lines = ["| what | against | worst absolute error | worst relative error |", "|---|---|---|---|"]
-    lines += [
-        f"| {name} | {oracle} | {absolute:.1e} | {relative:.1e} |" for _, name, oracle, absolute, relative in rows
-    ]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ORACLES)
-    table = "\n".join(lines)
+    header = ("what", "against", "worst absolute error", "worst relative error")
+    table = report.table(
+        header, ((name, oracle, f"{absolute:.1e}", f"{relative:.1e}") for _, name, oracle, absolute, relative in rows)
+    )
     return f"""# Parity with independent implementations
 
 Each line compares a function of rlsys in float32, values and gradients, with the same quantity of another
@@ -72,31 +65,23 @@ has its line.
 
 Worst of all: {max(row[3] for row in rows):.1e} absolute, {max(row[4] for row in rows):.1e} relative.
 
-Measured on {date.today().isoformat()} with `python -m benchmarks.parity --seeds {seeds}`: {platform.machine()}, no GPU,
-Python {platform.python_version()}, {versions}.
+{report.measured(f"benchmarks.parity --seeds {seeds}", *ORACLES)}
 """
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=50)
-    parser.add_argument("--quick", action="store_true", help="3 seeds")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--out", type=Path, help="folder for the Markdown page")
     arguments = parser.parse_args()
     seeds = 3 if arguments.quick else arguments.seeds
     torch.set_num_threads(1)
     console = Console(stderr=True)
     rows = measure(seeds, console)
     above = [name for _, name, _, absolute, relative in rows if max(absolute, relative) > LIMIT]
-    sys.stdout.write(report(rows, seeds))
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "parity.md").write_text(report(rows, seeds), encoding="utf-8")
-    if arguments.json:
-        figures = {name: {"absolute": absolute, "relative": relative} for _, name, _, absolute, relative in rows}
-        text = json.dumps({"limit": LIMIT, "seeds": seeds, "worst": figures}, indent=2)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+    errors_by_name = {name: {"absolute": absolute, "relative": relative} for _, name, _, absolute, relative in rows}
+    ratios = {"worst error / limit": max(max(row[3:]) for row in rows) / LIMIT}
+    figures = {"limit": LIMIT, "seeds": seeds, "ratios": ratios, "worst": errors_by_name}
+    report.finish(arguments, "parity", page=page(rows, seeds), figures=figures, packages=ORACLES)
     for name in above:
         console.print(f"above the limit: {name}")
     return 1 if above else 0
