@@ -7,10 +7,10 @@ from typing import Protocol
 
 from rlsys.batch.versions import WeightVersion
 from rlsys.config.errors import UserError
-from rlsys.engines.sync.buckets import Bucket
+from rlsys.engines.sync.buckets import Bucket, Parcel
 from rlsys.environments.base import Sample, SamplingParams
 
-__all__ = ["Bucket", "RolloutEngine", "Sample", "SamplingParams", "WeightVersion", "check_prompt"]
+__all__ = ["Bucket", "Parcel", "RolloutEngine", "Sample", "SamplingParams", "WeightVersion", "check_prompt"]
 
 
 class RolloutEngine(Protocol):
@@ -39,7 +39,7 @@ class RolloutEngine(Protocol):
         """Checksum (``rlsys.engines.sync.checksum``) of the weights that the engine holds now."""
         ...
 
-    async def update_weights(self, buckets: Iterable[Bucket], version: WeightVersion) -> str:
+    async def update_weights(self, buckets: Iterable[Parcel], version: WeightVersion) -> str:
         """Take new weights; nothing is sampled with half of them, and no cache of the old ones is served afterwards.
         Sequences under way finish with the old weights first, later ones wait for the new.
 

@@ -24,7 +24,7 @@ from rlsys.config.schema import TorchRollout
 from rlsys.engines.rollout.base import check_prompt
 from rlsys.engines.rollout.noise import gumbel_noise
 from rlsys.engines.rollout.stopping import end_token_ids
-from rlsys.engines.sync.buckets import Bucket
+from rlsys.engines.sync.buckets import Parcel
 from rlsys.engines.sync.checksum import weights_checksum
 from rlsys.engines.sync.verify import SyncError
 from rlsys.environments.base import Sample, SamplingParams
@@ -82,7 +82,7 @@ class TorchEngine:
         async with self._weights:
             return await asyncio.to_thread(self._checksum)
 
-    async def update_weights(self, buckets: Iterable[Bucket], version: WeightVersion) -> str:
+    async def update_weights(self, buckets: Iterable[Parcel], version: WeightVersion) -> str:
         async with self._weights:
             if self._broken:
                 raise SyncError(self._broken)
@@ -168,7 +168,7 @@ class TorchEngine:
         return weights_checksum(self._model.named_parameters())
 
     @torch.no_grad()
-    def _load(self, buckets: Iterable[Bucket]) -> None:
+    def _load(self, buckets: Iterable[Parcel]) -> None:
         missing = dict(self._model.named_parameters())
         for bucket in buckets:
             for name, tensor in bucket.tensors():

@@ -10,8 +10,8 @@ import asyncio
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -31,7 +31,9 @@ from rlsys.engines.rollout.base import check_prompt
 from rlsys.engines.rollout.stopping import end_token_ids
 from rlsys.engines.rollout.vllm_args import check_engine_args
 from rlsys.engines.rollout.vllm_environment import core_environment
-from rlsys.engines.sync.buckets import Bucket
+from rlsys.engines.sync.buckets import Parcel
+from rlsys.engines.sync.checksum import Piece, pieces_checksum
+from rlsys.engines.sync.shared_memory import Segment, SharedBucket
 from rlsys.engines.sync.verify import SyncError
 from rlsys.environments.base import Sample, SamplingParams
 
@@ -51,6 +53,7 @@ class VllmEngine:
         self._end_ids = end_ids
         self._request_ids = itertools.count()
         self._updating = asyncio.Lock()
+        self.last_update_s: dict[str, float] = {}
         self._broken: str | None = None
 
     @classmethod
@@ -99,15 +102,20 @@ class VllmEngine:
         return _sample(final)
 
     async def checksum(self) -> str:
-        return await self._rpc("rlsys_checksum")
+        ranks = await self._rpc("rlsys_held")
+        return pieces_checksum([_piece(fields) for fields in pieces] for pieces in ranks)
 
-    async def update_weights(self, buckets: Iterable[Bucket], version: WeightVersion) -> str:
+    async def update_weights(self, buckets: Iterable[Parcel], version: WeightVersion) -> str:
         async with self._updating:
             if self._broken:
                 raise SyncError(self._broken)
             await self._engine.pause_generation(mode="wait", clear_cache=True)
             try:
-                checksum = await self._load(buckets)
+                began = time.perf_counter()
+                await self._load(buckets)
+                loaded = time.perf_counter()
+                checksum = await self.checksum()
+                self.last_update_s = {"load": loaded - began, "held_checksum": time.perf_counter() - loaded}
                 await self._engine.update_weight_version(str(version.packed()))
             except BaseException as error:
                 self._broken = (
@@ -124,17 +132,28 @@ class VllmEngine:
         if engine is not None:
             engine.shutdown()
 
-    async def _load(self, buckets: Iterable[Bucket]) -> str:
+    async def _load(self, parcels: Iterable[Parcel]) -> None:
         await self._rpc("rlsys_begin_update")
-        for bucket in buckets:
-            with _shared(bucket) as path:
-                entries = [(e.name, e.dtype, list(e.shape), e.offset) for e in bucket.entries]
-                await self._rpc("rlsys_load_bucket", path, entries)
-        return await self._rpc("rlsys_finish_update")
+        for parcel in parcels:
+            if isinstance(parcel, SharedBucket):
+                await self._load_shared(parcel)
+                continue
+            segment = Segment()
+            try:
+                for _ in segment.write(parcel.tensors()):
+                    pass
+                await self._load_shared(segment.bucket())
+            finally:
+                segment.release()
+        await self._rpc("rlsys_finish_update")
 
-    async def _rpc(self, method: str, *args: Any) -> Any:
-        (answer,) = await self._engine.collective_rpc(method, args=args)
-        return answer
+    async def _load_shared(self, bucket: SharedBucket) -> None:
+        entries = [(e.name, e.dtype, list(e.shape), e.offset) for e in bucket.entries]
+        await self._rpc("rlsys_load_bucket", bucket.path, bucket.nbytes, entries)
+
+    async def _rpc(self, method: str, *args: Any) -> list[Any]:
+        """By rank of the sampler."""
+        return list(await self._engine.collective_rpc(method, args=args))
 
     def _vllm_params(self, params: SamplingParams) -> VllmSamplingParams:
         return VllmSamplingParams(
@@ -181,16 +200,10 @@ def engine_arguments(model_path: str, config: VllmRollout, *, max_length: int, s
     return {**defaults, **config.engine_args, **memory, **owned}
 
 
-@contextmanager
-def _shared(bucket: Bucket) -> Iterator[str]:
-    """The bucket's bytes in anonymous shared memory, as a path that a process of the same user can open meanwhile."""
-    descriptor = os.memfd_create("rlsys-weights")
-    try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(bucket.data.data)
-        yield f"/proc/{os.getpid()}/fd/{descriptor}"
-    finally:
-        os.close(descriptor)
+def _piece(fields: Sequence[Any]) -> Piece:
+    """From its fields, as they come over vLLM's message channel."""
+    name, dtype, shape, *rest = fields
+    return Piece(name, dtype, tuple(shape), *rest)
 
 
 def _reason(error: Exception) -> str:
