@@ -1,12 +1,14 @@
 """Sharded tensors on disk: every rank writes what it holds, any number of ranks reads the slices that it needs.
 
-One safetensors file a rank, ``<kind>-00001-of-00004.safetensors``. Its header says for each tensor the shape of the
-whole and the row (index of dimension 0) at which this rank's slice starts, so a reader needs no other index.
+One safetensors file a rank, ``<kind>-00001-of-00004.safetensors``. A slice is a range of a tensor's elements in the
+order of memory, so it does not matter whether an engine cuts by rows (FSDP2) or by elements (ZeRO-3). The header says
+for each tensor the shape of the whole and the element at which this rank's slice starts: a reader needs no other index.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -26,17 +28,38 @@ _LAYOUT = "layout"
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows ``start : start + len(local)`` of a tensor of the global ``shape``. ``local`` may have no rows."""
+    """Elements ``start : start + local.numel()`` of a tensor of the global ``shape``, laid out flat.
+
+    local: contiguous, of any shape; may be empty. copies: ranks that hold the same elements; copy: which this one is.
+    """
 
     local: torch.Tensor
     shape: tuple[int, ...]
     start: int
+    copies: int = 1
+    copy: int = 0
 
     def __post_init__(self) -> None:
-        if not self.shape or self.local.shape[1:] != self.shape[1:]:
-            raise ValueError(f"{tuple(self.local.shape)} is no slice along dimension 0 of {self.shape}")
-        if self.local.shape[0] and not 0 <= self.start <= self.shape[0] - self.local.shape[0]:
-            raise ValueError(f"rows {self.start} + {self.local.shape[0]} are not within {self.shape}")
+        numel = math.prod(self.shape)
+        if self.local.numel() and not 0 <= self.start <= numel - self.local.numel():
+            raise ValueError(f"elements {self.start} + {self.local.numel()} are not within {self.shape}")
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.local.numel()
+
+    def share(self) -> Shard:
+        """The part that this rank writes, of what several hold."""
+        if self.copies == 1:
+            return self
+        size = -(-self.local.numel() // self.copies)
+        part = self.local.reshape(-1)[self.copy * size : (self.copy + 1) * size]
+        return Shard(part, self.shape, self.start + min(self.copy * size, self.local.numel()))
+
+    @torch.no_grad()
+    def fill(self, values: torch.Tensor) -> None:
+        """Writes the elements over with as many ``values``."""
+        self.local.copy_(values.view_as(self.local))
 
 
 def write_shards(folder: Path, kind: str, rank: int, world_size: int, shards: Mapping[str, Shard]) -> Path:
@@ -53,8 +76,9 @@ def write_shards(folder: Path, kind: str, rank: int, world_size: int, shards: Ma
         The file.
     """
     path = folder / f"{kind}-{rank + 1:05d}-of-{world_size:05d}.safetensors"
-    layout = {name: {"shape": list(shard.shape), "start": shard.start} for name, shard in shards.items()}
-    tensors = {name: shard.local.detach().cpu().contiguous() for name, shard in shards.items()}
+    written = {name: shard.share() for name, shard in shards.items()}
+    layout = {name: {"shape": list(shard.shape), "element": shard.start} for name, shard in written.items()}
+    tensors = {name: shard.local.detach().reshape(-1).cpu() for name, shard in written.items()}
     save_file(tensors, path, metadata={_LAYOUT: json.dumps(layout)})
     return path
 
@@ -63,11 +87,11 @@ def write_shards(folder: Path, kind: str, rank: int, world_size: int, shards: Ma
 class _Slice:
     file: Any
     start: int
-    rows: int
+    size: int
 
 
 class ShardReader:
-    """Reads rows of tensors, whoever wrote them. A context manager: files are mapped, not loaded.
+    """Reads tensors or parts of them, whoever wrote them. A context manager: files are mapped, not loaded.
 
     Args:
         folder: what :func:`write_shards` wrote into.
@@ -93,23 +117,26 @@ class ShardReader:
     ) -> None:
         self._stack.close()
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows ``start:stop`` of the whole tensor (all of them by default).
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor.
 
         Raises:
-            UserError: no tensor of that name, or rows that no file holds.
+            UserError: no tensor of that name, or elements that no file holds.
         """
+        return self.read_flat(name, 0, math.prod(self.shapes.get(name, ()))).view(self.shapes[name])
+
+    def read_flat(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """[stop − start], elements ``start:stop`` of the tensor laid out flat; raises as :meth:`read`."""
         if name not in self._slices:
             raise UserError(f"the checkpoint has no tensor '{name}' in its {self._kind} files", where=str(self._folder))
-        stop = self.shapes[name][0] if stop is None else stop
         parts, at = [], start
         for piece in self._slices[name]:
-            end = min(stop, piece.start + piece.rows)
+            end = min(stop, piece.start + piece.size)
             if piece.start <= at < end:
                 parts.append(piece.file.get_slice(name)[at - piece.start : end - piece.start])
                 at = end
         if at < stop:
-            raise UserError(f"rows {at} to {stop} of '{name}' are in no {self._kind} file", where=str(self._folder))
+            raise UserError(f"elements {at} to {stop} of '{name}' are in no {self._kind} file", where=str(self._folder))
         if not parts:
             return self._slices[name][0].file.get_slice(name)[0:0]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -128,7 +155,7 @@ class ShardReader:
                     f"'{name}' has the shape {shape} here and {self.shapes[name]} elsewhere", where=str(path)
                 )
             pieces = self._slices.setdefault(name, [])
-            pieces.append(_Slice(file, entry["start"], file.get_slice(name).get_shape()[0]))
+            pieces.append(_Slice(file, entry["element"], file.get_slice(name).get_shape()[0]))
             pieces.sort(key=lambda piece: piece.start)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rlsys.checkpoint.shards import Shard, ShardReader, write_shards
 from rlsys.config.errors import UserError
@@ -24,8 +24,8 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], ranks: int) -> list[Pa
     for rank in range(ranks):
         shards = {}
         for name, tensor in tensors.items():
-            start, stop = chunk(len(tensor), rank, ranks)
-            shards[name] = Shard(tensor[start:stop], tuple(tensor.shape), start)
+            start, stop = chunk(tensor.numel(), rank, ranks)
+            shards[name] = Shard(tensor.view(-1)[start:stop], tuple(tensor.shape), start)
         files.append(write_shards(folder, "model", rank, ranks, shards))
     return files
 
@@ -43,10 +43,30 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(
         for name, tensor in tensors.items():
             assert torch.equal(reader.read(name), tensor)
             for rank in range(readers):
-                start, stop = chunk(len(tensor), rank, readers)
-                part = reader.read(name, start, stop)
+                start, stop = chunk(tensor.numel(), rank, readers)
+                part = reader.read_flat(name, start, stop)
                 assert part.dtype == tensor.dtype
-                assert torch.equal(part, tensor[start:stop])
+                assert torch.equal(part, tensor.view(-1)[start:stop])
+
+
+def test_slices_by_rows_and_by_elements_are_one_layout(tmp_path: Path) -> None:
+    tensor = torch.randn(5, 3)
+    write_shards(tmp_path, "model", 0, 2, {"a": Shard(tensor[:3], (5, 3), 0)})
+    write_shards(tmp_path, "model", 1, 2, {"a": Shard(tensor.view(-1)[9:], (5, 3), 9)})
+    with ShardReader(tmp_path, "model") as reader:
+        assert torch.equal(reader.read("a"), tensor)
+
+
+@pytest.mark.parametrize("copies", [2, 3, 7])
+def test_ranks_that_hold_the_same_write_it_once(tmp_path: Path, copies: int) -> None:
+    tensor = torch.randn(5)
+    files = [
+        write_shards(tmp_path, "model", copy, copies, {"a": Shard(tensor, (5,), 0, copies, copy)})
+        for copy in range(copies)
+    ]
+    assert sum(load_file(file)["a"].numel() for file in files) == 5
+    with ShardReader(tmp_path, "model") as reader:
+        assert torch.equal(reader.read("a"), tensor)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
@@ -78,17 +98,17 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
         ShardReader(tmp_path, "model")
 
 
-def test_unknown_tensors_and_rows_nobody_wrote(tmp_path: Path) -> None:
+def test_unknown_tensors_and_elements_nobody_wrote(tmp_path: Path) -> None:
     write_shards(tmp_path, "model", 0, 1, {"a": Shard(torch.zeros(2, 3), (5, 3), 0)})
     with ShardReader(tmp_path, "model") as reader:
         with pytest.raises(UserError, match="no tensor 'b'"):
             reader.read("b")
-        with pytest.raises(UserError, match="rows 2 to 5"):
+        with pytest.raises(UserError, match="elements 6 to 15"):
             reader.read("a")
 
 
 def test_a_slice_that_cannot_be_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="no slice"):
-        Shard(torch.zeros(2, 3), (5, 4), 0)
     with pytest.raises(ValueError, match="not within"):
-        Shard(torch.zeros(2, 3), (5, 3), 4)
+        Shard(torch.zeros(2, 3), (5, 3), 10)
+    with pytest.raises(ValueError, match="not within"):
+        Shard(torch.zeros(2), (5,), -1)

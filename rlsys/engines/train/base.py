@@ -1,16 +1,24 @@
 """The train-engine contract: the verbs of one trainer rank. Every rank of a group is called with the same verb at the
-same time; collectives happen inside."""
+same time; collectives happen inside.
+
+The verbs are written once (``rlsys.engines.train.engine``); what differs between back ends is how a model is spread
+over the ranks and stepped: ``ShardedModel`` and ``TrainedModel``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from rlsys.algorithms.objective import Objective
 from rlsys.batch import DataProto
+from rlsys.checkpoint.shards import Shard
+
+if TYPE_CHECKING:  # it imports transformers, which takes seconds, and the driver reads this module
+    from rlsys.engines.train.model import PolicyModel, ValueModel
 
 
 class TrainEngine(Protocol):
@@ -65,4 +73,60 @@ class TrainEngine(Protocol):
     def export_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Full weights by Hugging Face name, one after the other, cast to ``dtype``, on the CPU on rank 0. A
         collective: every rank must exhaust it; the tensors are the same on each. Tied weights appear once."""
+        ...
+
+
+class ShardedModel(Protocol):
+    """A model whose weights are spread over the ranks.
+
+    model: called like any module, by every rank at the same time.
+    """
+
+    model: PolicyModel | ValueModel
+
+    def weights(self) -> dict[str, Shard]:
+        """This rank's float32 slices by Hugging Face name (a value head by its own); tied weights once. Views: whoever
+        writes to them calls :meth:`moved`."""
+        ...
+
+    def moved(self) -> None:
+        """The slices were written to: the next forward pass is about them."""
+        ...
+
+    def release(self) -> None:
+        """Lets go of whole weights that a forward pass without a backward pass left gathered."""
+        ...
+
+
+class TrainedModel(ShardedModel, Protocol):
+    """A sharded model with its gradient and AdamW. parameter_count: of the whole, tied weights once."""
+
+    parameter_count: int
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of ``loss``, summed (not averaged) over ranks. A collective."""
+        ...
+
+    def gradient(self) -> dict[str, Shard]:
+        """This rank's slices of what was added up, as views; empty before the first backward pass."""
+        ...
+
+    def drop_gradient(self) -> None:
+        """Forgets it."""
+        ...
+
+    def step(self, lr: float) -> None:
+        """AdamW at rate ``lr`` with the gradient as it is."""
+        ...
+
+    def moments(self) -> dict[str, Shard]:
+        """This rank's slices of AdamW's moments, as exp_avg/NAME and exp_avg_sq/NAME, as views; 0 before a step."""
+        ...
+
+    def resume(self, steps: int) -> None:
+        """Weights and moments were written to, and are those after ``steps`` optimiser steps."""
+        ...
+
+    def whole(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A weight, cast and gathered, on the training device. A collective."""
         ...

@@ -81,8 +81,8 @@ class PolicyModel(nn.Module):
         hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, positions)
         head = self.lm.get_output_embeddings()
-        if targets is None:
-            return hidden, Head(head.weight, head.bias)
+        if targets is None:  # detached: an engine that lets go of its weights after the pass leaves these alone
+            return hidden, Head(head.weight.detach(), None if head.bias is None else head.bias.detach())
         logprobs, entropy = token_logprobs(
             hidden,
             head.weight,

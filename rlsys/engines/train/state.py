@@ -1,6 +1,7 @@
-"""A trainer rank's state on disk: weights and moments as shards, steps and random-number generators beside them.
+"""A trainer rank's state on disk, the same whichever engine writes it: weights and moments as shards, steps and
+random-number generators beside them.
 
-model-00001-of-00002.safetensors      this rank's rows of every weight
+model-00001-of-00002.safetensors      this rank's part of every weight
 teacher-00001-of-00002.safetensors    of a teacher's that moves, where there is one
 optimizer-00001-of-00002.safetensors  of AdamW's moments, as exp_avg/NAME and exp_avg_sq/NAME (after the first step)
 rng-00001-of-00002.safetensors        generators of torch, CUDA, numpy and Python
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,11 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 from rlsys.checkpoint.shards import Shard, ShardReader, write_shards
 from rlsys.config.errors import UserError
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 _PROGRESS = "trainer.json"
 
 
@@ -41,30 +42,24 @@ class Place:
         return self.folder / f"rng-{self.rank + 1:05d}-of-{self.ranks:05d}.safetensors"
 
 
-def save(place: Place, parameters: dict[str, DTensor], optimizer: torch.optim.Optimizer, steps: int) -> None:
+def save(place: Place, weights: Mapping[str, Shard], moments: Mapping[str, Shard], steps: int) -> None:
     """Writes this rank's files; rank 0 also the ranks' common one.
 
     Args:
-        parameters: sharded along dimension 0, by name.
-        optimizer: AdamW over them.
+        weights, moments: what this rank holds, by name; without a step behind them moments are not written.
         steps: optimiser steps taken.
     """
-    weights = {name: _shard(place, parameter) for name, parameter in parameters.items()}
     write_shards(place.folder, "model", place.rank, place.ranks, weights)
     if steps:
-        moments = {
-            f"{moment}/{name}": _shard(place, optimizer.state[parameter][moment])
-            for name, parameter in parameters.items()
-            for moment in _MOMENTS
-        }
         write_shards(place.folder, "optimizer", place.rank, place.ranks, moments)
     _save_rng(place.rng)
     if place.rank == 0:
         (place.folder / _PROGRESS).write_text(json.dumps({"optimizer_steps": steps, "ranks": place.ranks}))
 
 
-def load(place: Place, parameters: dict[str, DTensor], optimizer: torch.optim.Optimizer, seed: int) -> int:
-    """Reads what :func:`save` wrote on any number of ranks, into the parameters and the optimiser.
+def load(place: Place, weights: Mapping[str, Shard], moments: Mapping[str, Shard], seed: int) -> int:
+    """Reads what :func:`save` wrote on any number of ranks, into what this rank holds; without a step behind it,
+    moments become 0.
 
     Returns:
         Optimiser steps taken.
@@ -75,7 +70,7 @@ def load(place: Place, parameters: dict[str, DTensor], optimizer: torch.optim.Op
     progress = _read_progress(place.folder)
     steps = progress["optimizer_steps"]
     with ShardReader(place.folder, "model") as reader:
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        shapes = {name: shard.shape for name, shard in weights.items()}
         if reader.shapes != shapes:
             other = sorted(set(reader.shapes.items()) ^ set(shapes.items()))
             raise UserError(
@@ -83,19 +78,13 @@ def load(place: Place, parameters: dict[str, DTensor], optimizer: torch.optim.Op
                 where=str(place.folder),
                 fix="check model.path",
             )
-        for name, parameter in parameters.items():
-            _fill(place, parameter, reader, name)
-    optimizer.state.clear()
+        _fill(reader, weights)
     if steps:
         with ShardReader(place.folder, "optimizer") as reader:
-            for name, parameter in parameters.items():
-                entry: dict[str, torch.Tensor] = {
-                    "step": torch.tensor(float(steps), dtype=torch.float32, device=parameter.device)
-                }
-                for moment in _MOMENTS:
-                    entry[moment] = torch.zeros_like(parameter)
-                    _fill(place, entry[moment], reader, f"{moment}/{name}")
-                optimizer.state[parameter] = entry
+            _fill(reader, moments)
+    else:
+        for shard in moments.values():
+            shard.local.zero_()
     if progress["ranks"] == place.ranks:
         _load_rng(place.rng)
     else:
@@ -103,23 +92,21 @@ def load(place: Place, parameters: dict[str, DTensor], optimizer: torch.optim.Op
     return steps
 
 
-def save_weights(place: Place, kind: str, parameters: dict[str, DTensor]) -> None:
-    """Writes this rank's rows of further weights, ``KIND-00001-of-00002.safetensors``; none, no file."""
-    if parameters:
-        shards = {name: _shard(place, parameter) for name, parameter in parameters.items()}
-        write_shards(place.folder, kind, place.rank, place.ranks, shards)
+def save_weights(place: Place, kind: str, weights: Mapping[str, Shard]) -> None:
+    """Writes this rank's part of further weights, ``KIND-00001-of-00002.safetensors``; none, no file."""
+    if weights:
+        write_shards(place.folder, kind, place.rank, place.ranks, weights)
 
 
-def load_weights(place: Place, kind: str, parameters: dict[str, DTensor]) -> None:
+def load_weights(place: Place, kind: str, weights: Mapping[str, Shard]) -> None:
     """Reads what :func:`save_weights` wrote on any number of ranks.
 
     Raises:
         UserError: the checkpoint does not have them.
     """
-    if parameters:
+    if weights:
         with ShardReader(place.folder, kind) as reader:
-            for name, parameter in parameters.items():
-                _fill(place, parameter, reader, name)
+            _fill(reader, weights)
 
 
 def seed_generators(seed: int, rank: int, steps: int) -> None:
@@ -130,19 +117,9 @@ def seed_generators(seed: int, rank: int, steps: int) -> None:
     random.seed(words[2])
 
 
-def _rows(place: Place, length: int) -> tuple[int, int]:
-    """FSDP2's slice of ``length`` rows: equal chunks, rounded up, so that the last ranks may have fewer or none."""
-    chunk = -(-length // place.ranks)
-    return min(place.rank * chunk, length), min((place.rank + 1) * chunk, length)
-
-
-def _shard(place: Place, tensor: DTensor) -> Shard:
-    return Shard(tensor.detach().to_local(), tuple(tensor.shape), _rows(place, tensor.shape[0])[0])
-
-
-@torch.no_grad()
-def _fill(place: Place, tensor: DTensor, reader: ShardReader, name: str) -> None:
-    tensor.to_local().copy_(reader.read(name, *_rows(place, tensor.shape[0])))
+def _fill(reader: ShardReader, shards: Mapping[str, Shard]) -> None:
+    for name, shard in shards.items():
+        shard.fill(reader.read_flat(name, shard.start, shard.stop))
 
 
 def _read_progress(folder: Path) -> dict[str, int]:

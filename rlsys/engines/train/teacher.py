@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from rlsys.algorithms.divergences.chunked import Head
 from rlsys.algorithms.objective import DivergencePass
+from rlsys.checkpoint.shards import Shard
 from rlsys.config.errors import UserError
 from rlsys.config.schema import DistillationConfig, ModelConfig
-from rlsys.engines.train.model import PREFIX, PolicyModel, TeacherInputs, load_causal_lm
+from rlsys.engines.train.base import ShardedModel
+from rlsys.engines.train.model import PolicyModel, TeacherInputs, load_causal_lm
 from rlsys.engines.train.rows import TeacherRows
 
 
@@ -23,7 +24,7 @@ class Teacher:
     rate: the other's weights follow the policy's by so much an optimiser step.
     """
 
-    def __init__(self, policy: PolicyModel, other: PolicyModel | None, *, mix: float, rate: float):
+    def __init__(self, policy: PolicyModel, other: ShardedModel | None, *, mix: float, rate: float):
         self._policy, self._other = policy, other
         self._mix, self._rate = mix, rate
 
@@ -33,7 +34,7 @@ class Teacher:
         config: DistillationConfig,
         model: ModelConfig,
         policy: PolicyModel,
-        shard: Callable[[PolicyModel], None],
+        shard: Callable[[PolicyModel], ShardedModel],
         *,
         temperature: float,
         chunk: int,
@@ -49,22 +50,26 @@ class Teacher:
             path=config.teacher_path or "", dtype=model.dtype, attention=model.attention
         )  # fmt: skip
         lm = load_causal_lm(where, torch.float32)
-        sizes = [len(m.get_output_embeddings().weight) for m in (policy.lm, lm)]
+        sizes = [m.get_output_embeddings().out_features for m in (policy.lm, lm)]
         if sizes[0] != sizes[1]:
             raise UserError(
                 f"the policy has a vocabulary of {sizes[0]} words and the teacher one of {sizes[1]}",
                 where="algorithm.distillation.teacher_path",
                 fix="use a teacher with the policy's tokenizer and embedding size",
             )
-        other = PolicyModel(lm, temperature=temperature, chunk=chunk).requires_grad_(False)
-        shard(other)
+        other = shard(PolicyModel(lm, temperature=temperature, chunk=chunk).requires_grad_(False))
         mix = config.teacher_mix if config.teacher == "trust_region" else 0.0
         return cls(policy, other, mix=mix, rate=config.teacher_rate if config.teacher == "ema" else 0.0)
 
     @property
-    def saved(self) -> dict[str, DTensor]:
+    def saved(self) -> dict[str, Shard]:
         """Weights that a checkpoint must hold: those that moved since the start."""
-        return self._weights(self._other) if self._other is not None and self._rate else {}
+        return self._other.weights() if self._other is not None and self._rate else {}
+
+    def restored(self) -> None:
+        """After ``saved`` was written to."""
+        if self._other is not None:
+            self._other.moved()
 
     @torch.no_grad()
     def look(self, rows: TeacherRows, spec: DivergencePass) -> TeacherInputs:
@@ -74,23 +79,20 @@ class Teacher:
             hidden, _ = self._policy(rows.input_ids, rows.positions, None)
             parts.append((self._mix, hidden, None))
         if self._other is not None:
-            hidden, head = self._other(rows.input_ids, rows.positions, None)
+            hidden, head = self._other.model(rows.input_ids, rows.positions, None)
             parts.append((1.0 - self._mix, hidden, head))
         return TeacherInputs(rows.student, tuple(parts), spec)
 
     @torch.no_grad()
-    def follow(self) -> None:
-        """After an optimiser step: an average moves towards the policy."""
+    def follow(self, policy: dict[str, Shard]) -> None:
+        """After an optimiser step: an average moves towards the policy's weights, cut in the same way."""
         if self._other is None or not self._rate:
             return
-        mine, theirs = self._weights(self._other), self._weights(self._policy)
-        for name, weight in mine.items():
-            weight.to_local().lerp_(theirs[name].to_local(), self._rate)
+        for name, mine in self._other.weights().items():
+            mine.local.lerp_(policy[name].local.to(mine.local.device), self._rate)
+        self._other.moved()
 
     def release(self) -> None:
         """Lets go of gathered weights, which would go stale with the next step."""
         if self._other is not None:
-            self._other.reshard()
-
-    def _weights(self, model: PolicyModel) -> dict[str, DTensor]:
-        return {name.removeprefix(PREFIX): weight for name, weight in model.named_parameters()}
+            self._other.release()

@@ -54,8 +54,8 @@ def share_of(batch: DataProto, rank: int, ranks: int) -> DataProto:
 
 def tensors_of(engine: FsdpEngine, what: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Whole gradients or moments; a collective."""
-    for name, parameter in engine._parameters.items():
-        held = parameter.grad if what == "grad" else engine._optimizer.state[parameter][what]
+    for name, parameter in engine._trained.parameters.items():
+        held = parameter.grad if what == "grad" else engine._trained.optimizer.state[parameter][what]
         yield f"{what}/{name}", held.full_tensor().clone()
 
 

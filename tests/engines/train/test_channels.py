@@ -49,7 +49,7 @@ def load(path: Path, teacher: DistillationConfig | None, trainer: TrainerConfig 
 
 
 def gradients(engine: FsdpEngine) -> dict[str, torch.Tensor]:
-    return {name: p.grad.full_tensor().clone() for name, p in engine._parameters.items()}
+    return {name: p.grad.full_tensor().clone() for name, p in engine._trained.parameters.items()}
 
 
 def log_softmax(lm: torch.nn.Module, ids: torch.Tensor, lead: int) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_loss_and_gradient_match_one_sequence_at_a_time(folders: tuple[Path, Pat
     config = DistillationConfig(weight=0.5, teacher=teacher, teacher_mix=0.3, teacher_path=str(folders[1]))  # type: ignore[arg-type]
     engine = load(folders[0], config)
     with torch.no_grad():  # the policy has moved since the step that frozen weights are of
-        for name, parameter in engine._parameters.items():
+        for name, parameter in engine._trained.parameters.items():
             moved = 0.9 * policy.get_parameter(name)
             policy.get_parameter(name).copy_(moved)
             parameter.to_local().copy_(moved)
@@ -166,10 +166,10 @@ def test_an_ema_teacher_follows_and_is_saved(folders: tuple[Path, Path], tmp_pat
     batch, config = composed_batch(seed=2), DistillationConfig(weight=0.5, teacher="ema", teacher_rate=0.25)
     engine = load(folders[0], config)
     assert engine._teacher is not None
-    start = {name: w.full_tensor().clone() for name, w in engine._teacher.saved.items()}
+    start = {name: w.local.view(w.shape).clone() for name, w in engine._teacher.saved.items()}
     engine.forward_backward(batch, COMPOSED)
     engine.optim_step()
-    followed = {name: w.full_tensor().clone() for name, w in engine._teacher.saved.items()}
+    followed = {name: w.local.view(w.shape).clone() for name, w in engine._teacher.saved.items()}
     for name, policy in engine.export_weights(torch.float32):
         torch.testing.assert_close(followed[name], start[name].lerp(policy, 0.25))
     engine.save_state(tmp_path)

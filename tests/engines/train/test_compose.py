@@ -107,7 +107,7 @@ def test_loss_and_gradient_are_the_trainer_s(
             distillation=DistillationConfig(weight=0.7),
         )
         expected = engine.forward_backward(batch, objective)
-        gradients = {name: p.grad.full_tensor().clone() for name, p in engine._parameters.items()}
+        gradients = {name: p.grad.full_tensor().clone() for name, p in engine._trained.parameters.items()}
     composed = compose_loss(
         model,
         batch,

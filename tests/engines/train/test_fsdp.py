@@ -49,7 +49,7 @@ def load(
 
 
 def gradients(engine: FsdpEngine) -> dict[str, torch.Tensor]:
-    return {name: p.grad.full_tensor().clone() for name, p in engine._parameters.items()}
+    return {name: p.grad.full_tensor().clone() for name, p in engine._trained.parameters.items()}
 
 
 def weights(engine: FsdpEngine) -> dict[str, torch.Tensor]:
@@ -243,7 +243,9 @@ def test_the_gradient_is_clipped_to_the_global_norm(folder: Path) -> None:
     assert norm == pytest.approx(torch.stack([g.norm() for g in raw.values()]).norm().item(), rel=1e-5)
     assert norm > 1e-2
     # After one step the first moment is (1 − beta1) times the gradient that the optimiser was given.
-    moments = [engine._optimizer.state[p]["exp_avg"].full_tensor() / 0.1 for p in engine._parameters.values()]
+    moments = [
+        engine._trained.optimizer.state[p]["exp_avg"].full_tensor() / 0.1 for p in engine._trained.parameters.values()
+    ]
     assert torch.stack([m.norm() for m in moments]).norm().item() == pytest.approx(1e-2, rel=1e-4)
 
 
@@ -283,8 +285,8 @@ def test_bfloat16_forward_keeps_float32_weights_and_gradients(folder: Path) -> N
     assert b.dtype == torch.float32
     assert 0 < (a - b).abs().mean() < 0.2
     metrics = engine.forward_backward(batch, POLICY)
-    assert {p.dtype for p in engine._parameters.values()} == {torch.float32}
-    assert {p.grad.dtype for p in engine._parameters.values()} == {torch.float32}
+    assert {p.dtype for p in engine._trained.parameters.values()} == {torch.float32}
+    assert {p.grad.dtype for p in engine._trained.parameters.values()} == {torch.float32}
     assert metrics["loss"] == pytest.approx(exact.forward_backward(batch, POLICY)["loss"], rel=0.2)
 
 
@@ -299,7 +301,7 @@ def test_the_reference_sees_what_the_trainer_sees(folder: Path) -> None:
 
 
 def test_parameters_are_sharded(folder: Path) -> None:
-    assert all(isinstance(p, DTensor) for p in load(folder)._parameters.values())
+    assert all(isinstance(p, DTensor) for p in load(folder)._trained.parameters.values())
 
 
 def test_rows_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,282 @@
+"""The verbs of a trainer rank, whichever back end holds its weights: forward, forward_backward, optim_step, state."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.distributed as dist
+
+from rlsys.algorithms.objective import ForwardOutput, Objective, Prepared, TeacherOutput
+from rlsys.algorithms.schedules import multiplier
+from rlsys.batch import DataProto, jagged
+from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
+from rlsys.engines.train import state
+from rlsys.engines.train.base import ShardedModel, TrainedModel
+from rlsys.engines.train.collectives import Meter, Ranks, reduce_floats, training_device
+from rlsys.engines.train.model import PolicyModel, ValueModel, context_length, load_causal_lm
+from rlsys.engines.train.rows import MicroBatch, RankRows
+from rlsys.engines.train.teacher import Teacher
+
+TEACHER = "teacher"  # name of a teacher's shards in a checkpoint
+
+
+class ShardedEngine(ABC):
+    """One rank. Weights and optimiser are float32; the forward pass runs in ``model.dtype``.
+
+    Gradients are reduced after every micro-batch: keeping them whole until the last one would save communication and
+    cost each rank a full-sized gradient, which is what sharding is there to avoid.
+    """
+
+    def __init__(
+        self,
+        trained: TrainedModel,
+        trainer: TrainerConfig,
+        *,
+        max_length: int,
+        total_steps: int,
+        seed: int,
+        teacher: Teacher | None = None,
+    ) -> None:
+        self._trained, self._trainer, self._teacher = trained, trainer, teacher
+        self._model = trained.model
+        self._max_length, self._total_steps, self._seed = max_length, total_steps, seed
+        self._device = training_device()
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self.parameter_count = trained.parameter_count
+        self._steps, self._finite = 0, True
+        state.seed_generators(seed, self._rank, self._steps)
+
+    @staticmethod
+    @abstractmethod
+    def train(model: PolicyModel | ValueModel, trainer: TrainerConfig, dtype: torch.dtype) -> TrainedModel:
+        """Spreads a model over the ranks, with a gradient and an optimiser. dtype: of the forward pass.
+
+        Raises:
+            UserError: the back end cannot do what ``trainer`` asks for.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def freeze(model: PolicyModel, trainer: TrainerConfig, dtype: torch.dtype) -> ShardedModel:
+        """Spreads a teacher over the ranks, for forward passes only."""
+
+    @classmethod
+    def load(
+        cls,
+        model: ModelConfig,
+        trainer: TrainerConfig,
+        *,
+        temperature: float,
+        total_steps: int,
+        seed: int,
+        distillation: DistillationConfig | None = None,
+        critic: bool = False,
+    ) -> Self:
+        """Reads the model and shards it over the initialised process group.
+
+        Args:
+            temperature: of the sampler; logits are divided by it.
+            total_steps: optimiser steps that the learning-rate schedule spans.
+            seed: of the run.
+            distillation: the teacher that a channel of the objective asks for; None: none does.
+            critic: a value model instead of a policy.
+
+        Raises:
+            UserError: the model cannot be used (see ``rlsys.engines.train.model``), or not in this way.
+        """
+        lm = load_causal_lm(model, torch.float32)
+        max_length, dtype = context_length(lm), getattr(torch, model.dtype)
+        if trainer.activation_checkpointing:
+            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            lm.train()  # transformers recomputes in training mode only; there is no dropout that it would switch on
+        if critic:
+            values = cls.train(ValueModel(lm), trainer, dtype)
+            return cls(values, trainer, max_length=max_length, total_steps=total_steps, seed=seed)
+        chunk = trainer.logprob_chunk_tokens
+        policy = PolicyModel(lm, temperature=temperature, chunk=chunk)
+        trained, teacher = cls.train(policy, trainer, dtype), None
+        if distillation is not None:
+            teacher = Teacher.load(
+                distillation,
+                model,
+                policy,
+                lambda other: cls.freeze(other, trainer, dtype),
+                temperature=temperature,
+                chunk=chunk,
+            )
+        return cls(trained, trainer, max_length=max_length, total_steps=total_steps, seed=seed, teacher=teacher)
+
+    @torch.no_grad()
+    def forward(self, batch: DataProto) -> DataProto:
+        """See TrainEngine."""
+        rows = self._rows(batch)
+        columns: dict[str, torch.Tensor] = {}
+        for micro in rows.cut(self._busiest(rows), self._device):
+            output = self._run(micro)
+            found = {"logprobs": output.logprobs, "entropy": output.entropy}
+            for name, values in (found if output.values is None else {"values": output.values}).items():
+                columns.setdefault(name, torch.zeros(rows.num_tokens, device=self._device))[micro.token_index] = values
+        # Without a backward pass the root's weights would stay gathered, and go stale with the next optimiser step.
+        self._trained.release()
+        lengths = rows.response_lengths
+        return DataProto.from_dict(
+            tensors={name: jagged.from_values(values.cpu(), lengths) for name, values in columns.items()}
+        )
+
+    def forward_backward(
+        self, batch: DataProto, objective: Objective, *, channel_gradients: bool = False
+    ) -> dict[str, float]:
+        """See TrainEngine."""
+        rows = self._rows(batch, objective)
+        prepared = objective.prepare(rows.whole(), Ranks())
+        count = max(self._busiest(rows), 1)  # without a row anywhere there are still metrics, and a gradient of 0
+        if channel_gradients:
+            metrics = self._channel_by_channel(rows, objective, prepared, count)
+        else:
+            metrics = self._accumulate(rows, objective, prepared, count)
+        self._finite = self._finite and math.isfinite(metrics["loss"])
+        area = float(metrics.pop("area"))
+        tokens, inputs = reduce_floats([rows.total, rows.num_inputs], dist.ReduceOp.SUM)
+        return metrics | {
+            "tokens": tokens,
+            "padding_fraction": 1 - inputs / area if area else 0.0,
+            "micro_batches": float(count),
+        }
+
+    def _accumulate(
+        self, rows: RankRows, objective: Objective, prepared: dict[str, Prepared], count: int
+    ) -> dict[str, float]:
+        """One pass over the rows; the gradient is added up in the parameters. Returns metrics, and ``area``: tokens of
+        the padded inputs."""
+        meter, area = Meter(), 0
+        for micro in rows.cut(count, self._device):
+            output = self._run(micro, objective)
+            result = objective.loss(micro.response, output, prepared, micro.token_index)
+            # The sum over an empty micro-batch is 0 and ties the loss to the model whatever the channels read.
+            self._trained.backward(result.loss + _tie(output))
+            meter.add(result)
+            area += micro.input_ids.numel() + (micro.teacher.input_ids.numel() if micro.teacher is not None else 0)
+        if self._teacher is not None:
+            self._teacher.release()
+        return meter.reduce() | {"area": reduce_floats([area], dist.ReduceOp.SUM)[0]}
+
+    def _channel_by_channel(
+        self, rows: RankRows, objective: Objective, prepared: dict[str, Prepared], count: int
+    ) -> dict[str, float]:
+        """A pass for each channel, so that the norm of its own gradient can be read; the sum is the same."""
+        metrics = {"loss": 0.0, "area": 0.0}
+        total = {name: shard.local.clone() for name, shard in self._trained.gradient().items()}
+        for channel in objective.live:
+            self._trained.drop_gradient()
+            found = self._accumulate(rows, objective.only(channel), prepared, count)
+            metrics |= {name: value for name, value in found.items() if name not in ("loss", "area")}
+            metrics["loss"] += found["loss"]
+            metrics["area"] = found["area"]  # of one pass
+            metrics[f"{channel}/grad_norm"] = self._grad_norm()
+            for name, shard in self._trained.gradient().items():
+                total[name] = total[name] + shard.local if name in total else shard.local.clone()
+        for name, shard in self._trained.gradient().items():
+            shard.fill(total[name])
+        return metrics
+
+    def optim_step(self) -> dict[str, float]:
+        """See TrainEngine."""
+        gradient = [shard.local for shard in self._trained.gradient().values()]
+        if not gradient:
+            raise RuntimeError("optim_step without a gradient: call forward_backward first")
+        norm = self._grad_norm()
+        lr = self._trainer.lr * multiplier(
+            self._trainer.schedule, self._steps + 1, self._total_steps, self._trainer.warmup_steps
+        )
+        skipped = not (self._finite and math.isfinite(norm))
+        if not skipped:
+            torch._foreach_mul_(gradient, min(1.0, self._trainer.max_grad_norm / (norm + 1e-6)))
+            self._trained.step(lr)
+        self._trained.drop_gradient()
+        self._steps, self._finite = self._steps + 1, True  # the schedule goes on, as the run does
+        if self._teacher is not None and not skipped:
+            self._teacher.follow(self._trained.weights())
+        return {"grad_norm": norm, "lr": lr, "skipped": float(skipped)}
+
+    def _grad_norm(self) -> float:
+        """Of the gradient over all ranks, each element counted once."""
+        shards = list(self._trained.gradient().values())
+        norms = torch.stack(torch._foreach_norm([shard.local for shard in shards]))
+        copies = torch.tensor([shard.copies for shard in shards], dtype=torch.float64)
+        squares = norms.double().cpu().square() / copies
+        return math.sqrt(reduce_floats([squares.sum().item()], dist.ReduceOp.SUM)[0])
+
+    def save_state(self, folder: Path) -> None:
+        """See TrainEngine."""
+        place = state.Place(Path(folder), self._rank, self._world_size)
+        state.save(place, self._trained.weights(), self._trained.moments(), self._steps)
+        if self._teacher is not None:
+            state.save_weights(place, TEACHER, self._teacher.saved)
+
+    def load_state(self, folder: Path) -> None:
+        """See TrainEngine."""
+        place = state.Place(Path(folder), self._rank, self._world_size)
+        self._trained.drop_gradient()
+        self._steps = state.load(place, self._trained.weights(), self._trained.moments(), self._seed)
+        self._trained.resume(self._steps)
+        if self._teacher is not None:
+            state.load_weights(place, TEACHER, self._teacher.saved)
+            self._teacher.restored()
+
+    def export_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """See TrainEngine."""
+        for name in self._trained.weights():
+            yield name, self._trained.whole(name, dtype).to("cpu" if self._rank == 0 else self._device)
+
+    def _rows(self, batch: DataProto, objective: Objective | None = None) -> RankRows:
+        wanted = {} if objective is None else {
+            "sequences": objective.sequences, "teacher": objective.divergence is not None
+        }  # fmt: skip
+        return RankRows(
+            batch,
+            () if objective is None else objective.reads,
+            max_length=self._max_length,
+            token_budget=self._trainer.micro_batch_tokens,
+            **wanted,  # type: ignore[arg-type]
+        )
+
+    def _run(self, micro: MicroBatch, objective: Objective | None = None) -> ForwardOutput:
+        if isinstance(self._model, ValueModel):
+            values = micro.spread(self._model(micro.input_ids, micro.positions))
+            return ForwardOutput(torch.zeros_like(values), torch.zeros_like(values), values=values)
+        entropy_gradient = objective is not None and objective.entropy_gradient
+        inputs = None
+        if objective is not None and objective.divergence is not None:
+            if self._teacher is None or micro.teacher is None:
+                raise RuntimeError("the objective asks for a teacher, and the engine was loaded without one")
+            inputs = self._teacher.look(micro.teacher, objective.divergence)
+        output = self._model(micro.input_ids, micro.positions, micro.targets, entropy_gradient, inputs)
+        pairs = {side: micro.spread(output.logprobs, side) for side in micro.scored if side != "response"}
+        teacher = None
+        if inputs is not None:
+            assert micro.teacher is not None
+            teacher = TeacherOutput(*(_place(values, micro) for values in output[2:]))
+        return ForwardOutput(micro.spread(output.logprobs), micro.spread(output.entropy), pairs, teacher)
+
+    def _busiest(self, rows: RankRows) -> int:
+        """Micro-batches that every rank runs: gathering weights and reducing gradients are collectives."""
+        return int(reduce_floats([len(rows.plan)], dist.ReduceOp.MAX)[0])
+
+
+def _place(values: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
+    """[n] values of the tokens that the divergence is about as [N] values of response tokens, 0 on the others."""
+    assert micro.teacher is not None
+    return values.new_zeros(len(micro.token_index)).index_copy(0, micro.teacher.place, values)
+
+
+def _tie(output: ForwardOutput) -> torch.Tensor:
+    """0, with a path to the model: a pass without any token still has a backward pass, which is a collective."""
+    parts = [output.logprobs, *output.pair_logprobs.values()]
+    if output.values is not None:
+        parts.append(output.values)
+    return sum((part.new_zeros(()) + part[:0].sum() for part in parts), torch.zeros((), device=parts[0].device))
