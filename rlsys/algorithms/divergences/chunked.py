@@ -1,12 +1,14 @@
 """A divergence over the whole vocabulary from hidden states and heads, without ever holding a [tokens, V] tensor.
 
-Both passes go through the tokens a few at a time. The backward pass computes the same few logits again and lets
-autograd differentiate the dense divergence of those: exact for any divergence, a user's own included.
+Both passes go through the tokens in chunks: large enough for the matrix products, which read the head anew for each.
+The divergence itself goes through a chunk a few rows at a time, which the cache holds. The backward pass computes the
+same logits again and lets autograd differentiate the dense divergence of those few rows: exact for any divergence, a
+user's own included. The gradient takes the place of the student's logits, so two [chunk, V] tensors are all there is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +16,22 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from rlsys.algorithms.divergences import Divergence, check_divergence, entropy
+from rlsys.algorithms.kernels.tiles import add_product, even_slices
 from rlsys.config.plugins import reads_of
 
-# Elements of one [chunk, V] tensor, of which about eight exist at once: 8 MiB each in float32; a GPU, which reads the
-# head anew for every chunk, gets twice that.
-CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 22}
+
+@dataclass(frozen=True)
+class _Size:
+    """tokens: of a chunk, at most. elements: of a [chunk, V] tensor. row_elements: of the rows that a divergence sees
+    at once, of which it and its gradient may well hold ten."""
+
+    tokens: int
+    elements: int
+    row_elements: int
+
+
+_CPU = _Size(tokens=1024, elements=1 << 24, row_elements=1 << 19)  # in float32: 64 MiB and 2 MiB
+_GPU = _Size(tokens=4096, elements=1 << 25, row_elements=1 << 23)
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ def token_divergence(
         top_k: then the divergence is over the student's k likeliest words, with the probabilities that student and
             teacher give them. None or ≥ V: over all V.
         tail: with top_k, all other words are one more, with their summed probability; else the k are made to sum to 1.
-        chunk: tokens whose logits exist at once; None: so many that chunk · V is a few million.
+        chunk: tokens whose logits exist at once; None: what was measured best.
 
     Raises:
         ValueError: shapes that do not go together, vocabularies of different size, a divergence that reads targets or t
@@ -102,7 +115,7 @@ def token_divergence(
         temperature=temperature,
         top_k=top_k,
         tail=tail,
-        chunk=chunk or max(1, CHUNK_ELEMENTS.get(hidden.device.type, 1 << 22) // max(1, len(head.weight))),
+        chunk=chunk,
     )
     parts = [tensor for part in teacher for tensor in (part.hidden, part.head.weight, part.head.bias)]
     loss, logprobs, teacher_entropy = _TokenDivergence.apply(spec, hidden, head.weight, head.bias, targets, *parts)
@@ -120,23 +133,25 @@ class _Spec:
     temperature: float
     top_k: int | None
     tail: bool
-    chunk: int
+    chunk: int | None
 
-    def chunks(self, tokens: int) -> list[slice]:
-        return [slice(start, start + self.chunk) for start in range(0, tokens, self.chunk)]
+    def chunks(self, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[list[slice], int]:
+        """Chunks of tokens, none larger than the first, and how many rows of one the divergence sees at once."""
+        size, words = _GPU if hidden.is_cuda else _CPU, max(1, len(weight))
+        most = self.chunk or max(1, min(size.tokens, size.elements // words))
+        return even_slices(len(hidden), most), max(1, size.row_elements // words)
 
-    def teacher(self, parts: Sequence[Any], part: slice) -> torch.Tensor:
-        """[c, V] log-probs of these tokens. parts: hidden, weight and bias of each model, one after the other."""
-        logits: Any = None
-        for mix, states, weight, bias in zip(self.mixes, parts[::3], parts[1::3], parts[2::3], strict=True):
-            one = _logits(states[part], weight, bias)
-            one = one if mix == 1.0 else one.mul_(mix)
-            logits = one if logits is None else logits.add_(one)
-        return torch.log_softmax(_scaled(logits, self.temperature), dim=-1)
+    def teacher_logits(self, parts: Sequence[Any], part: slice, out: torch.Tensor) -> torch.Tensor:
+        """[c, V] of these tokens. parts: hidden, weight and bias of each model, one after the other."""
+        for number, mix in enumerate(self.mixes):
+            states, weight, bias = parts[3 * number : 3 * number + 3]
+            _logits(states[part], weight, bias, out, mix=mix, more=number > 0)
+        return out
 
-    def student(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[c, V] log-probs."""
-        return torch.log_softmax(_scaled(_logits(hidden, weight, bias), self.temperature), dim=-1)
+    def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """[r, V] log-probs."""
+        logits = logits if self.temperature == 1.0 else logits / self.temperature
+        return torch.log_softmax(logits, dim=-1)
 
     def losses(self, student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
         """[c] from log-probs [c, V]."""
@@ -153,23 +168,16 @@ class _Spec:
         return losses
 
     def grad_logits(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        teacher: torch.Tensor,
-        targets: torch.Tensor | None,
-        grad_losses: torch.Tensor,
-    ) -> torch.Tensor:
-        """[c, V] gradient of the logits before the temperature."""
-        log_p = self.student(hidden, weight, bias).requires_grad_()
+        self, logits: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor | None, grad_losses: torch.Tensor
+    ) -> None:
+        """Writes the gradient of the student's logits [r, V], before the temperature, over them. teacher: log-probs."""
+        log_p = self.log_softmax(logits).requires_grad_()
         with torch.enable_grad():
             losses = self.losses(log_p, teacher, targets)
-        del teacher
-        (grad,) = torch.autograd.grad(losses, log_p, grad_losses)
+        (grad,) = torch.autograd.grad(losses, log_p, grad_losses / self.temperature)
         # past the softmax: grad − p Σ grad
-        grad = torch.addcmul(grad, log_p.detach().exp(), grad.sum(-1, keepdim=True), value=-1)
-        return _scaled(grad, self.temperature)
+        p = torch.exp(log_p.detach(), out=logits)
+        torch.addcmul(grad, p, grad.sum(-1, keepdim=True), value=-1, out=logits)
 
 
 class _TokenDivergence(torch.autograd.Function):
@@ -188,14 +196,18 @@ class _TokenDivergence(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         logprobs, teacher_entropy = torch.zeros_like(losses), torch.empty_like(losses)
-        for part in spec.chunks(len(hidden)):
-            wanted = None if targets is None else targets[part]
-            teacher = spec.teacher(parts, part)
-            teacher_entropy[part] = entropy(teacher)
-            if wanted is not None:
-                logprobs[part] = teacher.gather(1, wanted[:, None])[:, 0]
-            losses[part] = spec.losses(spec.student(hidden[part], weight, bias), teacher, wanted)
-            del teacher  # or it would be there while the next is made
+        chunks, rows = spec.chunks(hidden, weight)
+        memories = _memory(chunks, hidden, weight)
+        for part in chunks:
+            student = _logits(hidden[part], weight, bias, memories[0][: _size(part)])
+            teacher = spec.teacher_logits(parts, part, memories[1][: _size(part)])
+            for few, here in _rows(part, rows):
+                wanted = None if targets is None else targets[here]
+                log_q = spec.log_softmax(teacher[few])
+                teacher_entropy[here] = entropy(log_q)
+                if wanted is not None:
+                    logprobs[here] = log_q.gather(1, wanted[:, None])[:, 0]
+                losses[here] = spec.losses(spec.log_softmax(student[few]), log_q, wanted)
         ctx.spec = spec
         ctx.save_for_backward(hidden, weight, bias, targets, *parts)
         ctx.mark_non_differentiable(logprobs, teacher_entropy)
@@ -207,25 +219,26 @@ class _TokenDivergence(torch.autograd.Function):
         spec: _Spec = ctx.spec
         hidden, weight, bias, targets, *parts = ctx.saved_tensors
         _, for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
+        chunks, rows = spec.chunks(hidden, weight)
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=grad_losses.dtype) if for_weight else None
+        # With no token there is no chunk that would write it.
+        new = torch.empty_like if chunks else torch.zeros_like
+        grad_weight = new(weight, dtype=grad_losses.dtype) if for_weight else None
         grad_bias = torch.zeros_like(bias, dtype=grad_losses.dtype) if for_bias else None
-        for part in spec.chunks(len(hidden)):
-            grad_logits = spec.grad_logits(
-                hidden[part],
-                weight,
-                bias,
-                spec.teacher(parts, part),
-                None if targets is None else targets[part],
-                grad_losses[part],
-            )
-            if grad_hidden is not None:
-                grad_hidden[part] = grad_logits.to(weight.dtype) @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.T, hidden[part].to(grad_weight.dtype))
+        memories = _memory(chunks, hidden, weight)
+        for part in chunks:
+            logits = _logits(hidden[part], weight, bias, memories[0][: _size(part)])
+            teacher = spec.teacher_logits(parts, part, memories[1][: _size(part)])
+            for few, here in _rows(part, rows):
+                wanted = None if targets is None else targets[here]
+                spec.grad_logits(logits[few], spec.log_softmax(teacher[few]), wanted, grad_losses[here])
             if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
-            del grad_logits
+                grad_bias += logits.sum(0)
+            grad_logits = logits.to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                add_product(grad_weight, grad_logits.T, hidden[part], new=part.start == 0, last=part is chunks[-1])
         return (
             None,
             grad_hidden,
@@ -236,14 +249,41 @@ class _TokenDivergence(torch.autograd.Function):
         )
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _memory(chunks: list[slice], hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[c, V] each, for the student's and the teacher's logits of every chunk: fresh memory for each would cost more
+    than the arithmetic on it."""
+    most = _size(chunks[0]) if chunks else 0
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    student = torch.empty(most, len(weight), dtype=dtype, device=hidden.device)
+    return student, torch.empty_like(student)
+
+
+def _logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    mix: float = 1.0,
+    more: bool = False,
+) -> torch.Tensor:
+    """Writes mix · logits [c, V] into ``out``; more: adds them to it."""
+    if hidden.dtype == out.dtype:
+        torch.addmm(out, hidden, weight.T, beta=int(more), alpha=mix, out=out)
+        return out if bias is None else out.add_(bias, alpha=mix)
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return out.add_(logits, alpha=mix) if more else torch.mul(logits, mix, out=out)
 
 
-def _scaled(values: torch.Tensor, temperature: float) -> torch.Tensor:
-    """In place."""
-    return values if temperature == 1.0 else values.div_(temperature)
+def _size(part: slice) -> int:
+    return part.stop - part.start
+
+
+def _rows(part: slice, rows: int) -> Iterator[tuple[slice, slice]]:
+    """A few rows at a time: which of the chunk, and which of all tokens."""
+    for start in range(0, _size(part), rows):
+        stop = min(start + rows, _size(part))
+        yield slice(start, stop), slice(part.start + start, part.start + stop)
 
 
 def _at(log_p: torch.Tensor, top: torch.Tensor, tail: bool) -> torch.Tensor:
