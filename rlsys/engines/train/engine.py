@@ -48,8 +48,8 @@ class ShardedEngine(ABC):
         self._device = training_device()
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self.parameter_count = trained.parameter_count
-        self._steps, self._finite = 0, True
-        state.seed_generators(seed, self._rank, self._steps)
+        self._progress, self._finite = state.Progress(), True
+        state.seed_generators(seed, self._rank, 0)
 
     @staticmethod
     @abstractmethod
@@ -62,8 +62,8 @@ class ShardedEngine(ABC):
 
     @staticmethod
     @abstractmethod
-    def freeze(model: PolicyModel, trainer: TrainerConfig, dtype: torch.dtype) -> ShardedModel:
-        """Spreads a teacher over the ranks, for forward passes only."""
+    def freeze(model: PolicyModel, trainer: TrainerConfig, dtype: torch.dtype, *, moves: bool) -> ShardedModel:
+        """Spreads a teacher over the ranks, for forward passes only. moves: its weights will be written to."""
 
     @classmethod
     def load(
@@ -105,7 +105,7 @@ class ShardedEngine(ABC):
                 distillation,
                 model,
                 policy,
-                lambda other: cls.freeze(other, trainer, dtype),
+                lambda other, moves: cls.freeze(other, trainer, dtype, moves=moves),
                 temperature=temperature,
                 chunk=chunk,
             )
@@ -191,14 +191,15 @@ class ShardedEngine(ABC):
             raise RuntimeError("optim_step without a gradient: call forward_backward first")
         norm = self._grad_norm()
         lr = self._trainer.lr * multiplier(
-            self._trainer.schedule, self._steps + 1, self._total_steps, self._trainer.warmup_steps
+            self._trainer.schedule, self._progress.steps + 1, self._total_steps, self._trainer.warmup_steps
         )
         skipped = not (self._finite and math.isfinite(norm))
         if not skipped:
             torch._foreach_mul_(gradient, min(1.0, self._trainer.max_grad_norm / (norm + 1e-6)))
             self._trained.step(lr)
         self._trained.drop_gradient()
-        self._steps, self._finite = self._steps + 1, True  # the schedule goes on, as the run does
+        steps, applied = self._progress.steps + 1, self._progress.applied + (not skipped)
+        self._progress, self._finite = state.Progress(steps, applied), True  # the schedule goes on, as the run does
         if self._teacher is not None and not skipped:
             self._teacher.follow(self._trained.weights())
         return {"grad_norm": norm, "lr": lr, "skipped": float(skipped)}
@@ -214,7 +215,7 @@ class ShardedEngine(ABC):
     def save_state(self, folder: Path) -> None:
         """See TrainEngine."""
         place = state.Place(Path(folder), self._rank, self._world_size)
-        state.save(place, self._trained.weights(), self._trained.moments(), self._steps)
+        state.save(place, self._trained.weights(), self._trained.moments(), self._progress)
         if self._teacher is not None:
             state.save_weights(place, TEACHER, self._teacher.saved)
 
@@ -222,8 +223,8 @@ class ShardedEngine(ABC):
         """See TrainEngine."""
         place = state.Place(Path(folder), self._rank, self._world_size)
         self._trained.drop_gradient()
-        self._steps = state.load(place, self._trained.weights(), self._trained.moments(), self._seed)
-        self._trained.resume(self._steps)
+        self._progress = state.load(place, self._trained.weights(), self._trained.moments(), self._seed)
+        self._trained.resume(self._progress.applied)
         if self._teacher is not None:
             state.load_weights(place, TEACHER, self._teacher.saved)
             self._teacher.restored()
@@ -247,7 +248,7 @@ class ShardedEngine(ABC):
 
     def _run(self, micro: MicroBatch, objective: Objective | None = None) -> ForwardOutput:
         if isinstance(self._model, ValueModel):
-            values = micro.spread(self._model(micro.input_ids, micro.positions))
+            values = micro.spread(self._trained.run(micro.input_ids, micro.positions))
             return ForwardOutput(torch.zeros_like(values), torch.zeros_like(values), values=values)
         entropy_gradient = objective is not None and objective.entropy_gradient
         inputs = None
@@ -255,7 +256,7 @@ class ShardedEngine(ABC):
             if self._teacher is None or micro.teacher is None:
                 raise RuntimeError("the objective asks for a teacher, and the engine was loaded without one")
             inputs = self._teacher.look(micro.teacher, objective.divergence)
-        output = self._model(micro.input_ids, micro.positions, micro.targets, entropy_gradient, inputs)
+        output = self._trained.run(micro.input_ids, micro.positions, micro.targets, entropy_gradient, inputs)
         pairs = {side: micro.spread(output.logprobs, side) for side in micro.scored if side != "response"}
         teacher = None
         if inputs is not None:

@@ -5,7 +5,7 @@ model-00001-of-00002.safetensors      this rank's part of every weight
 teacher-00001-of-00002.safetensors    of a teacher's that moves, where there is one
 optimizer-00001-of-00002.safetensors  of AdamW's moments, as exp_avg/NAME and exp_avg_sq/NAME (after the first step)
 rng-00001-of-00002.safetensors        generators of torch, CUDA, numpy and Python
-trainer.json                          {"optimizer_steps": …, "ranks": …}
+trainer.json                          {"optimizer_steps": …, "applied_steps": …, "ranks": …}
 """
 
 from __future__ import annotations
@@ -42,33 +42,42 @@ class Place:
         return self.folder / f"rng-{self.rank + 1:05d}-of-{self.ranks:05d}.safetensors"
 
 
-def save(place: Place, weights: Mapping[str, Shard], moments: Mapping[str, Shard], steps: int) -> None:
+@dataclass(frozen=True)
+class Progress:
+    """steps: of the schedule; applied: those of them that AdamW took (a step that is not finite is skipped)."""
+
+    steps: int = 0
+    applied: int = 0
+
+
+def save(place: Place, weights: Mapping[str, Shard], moments: Mapping[str, Shard], progress: Progress) -> None:
     """Writes this rank's files; rank 0 also the ranks' common one.
 
     Args:
         weights, moments: what this rank holds, by name; without a step behind them moments are not written.
-        steps: optimiser steps taken.
+        progress: how far the optimiser is.
     """
     write_shards(place.folder, "model", place.rank, place.ranks, weights)
-    if steps:
+    if progress.applied:
         write_shards(place.folder, "optimizer", place.rank, place.ranks, moments)
     _save_rng(place.rng)
     if place.rank == 0:
-        (place.folder / _PROGRESS).write_text(json.dumps({"optimizer_steps": steps, "ranks": place.ranks}))
+        said = {"optimizer_steps": progress.steps, "applied_steps": progress.applied, "ranks": place.ranks}
+        (place.folder / _PROGRESS).write_text(json.dumps(said))
 
 
-def load(place: Place, weights: Mapping[str, Shard], moments: Mapping[str, Shard], seed: int) -> int:
+def load(place: Place, weights: Mapping[str, Shard], moments: Mapping[str, Shard], seed: int) -> Progress:
     """Reads what :func:`save` wrote on any number of ranks, into what this rank holds; without a step behind it,
     moments become 0.
 
     Returns:
-        Optimiser steps taken.
+        How far the optimiser was.
 
     Raises:
         UserError: not a trainer's checkpoint, or one of another model.
     """
-    progress = _read_progress(place.folder)
-    steps = progress["optimizer_steps"]
+    said = _read_progress(place.folder)
+    progress = Progress(said["optimizer_steps"], said.get("applied_steps", said["optimizer_steps"]))
     with ShardReader(place.folder, "model") as reader:
         shapes = {name: shard.shape for name, shard in weights.items()}
         if reader.shapes != shapes:
@@ -79,17 +88,17 @@ def load(place: Place, weights: Mapping[str, Shard], moments: Mapping[str, Shard
                 fix="check model.path",
             )
         _fill(reader, weights)
-    if steps:
+    if progress.applied:
         with ShardReader(place.folder, "optimizer") as reader:
             _fill(reader, moments)
     else:
         for shard in moments.values():
             shard.local.zero_()
-    if progress["ranks"] == place.ranks:
+    if said["ranks"] == place.ranks:
         _load_rng(place.rng)
     else:
-        seed_generators(seed, place.rank, steps)
-    return steps
+        seed_generators(seed, place.rank, progress.steps)
+    return progress
 
 
 def save_weights(place: Place, kind: str, weights: Mapping[str, Shard]) -> None:

@@ -263,6 +263,23 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped(folder: Path) -> None
     assert any(not torch.equal(after, before[name]) for name, after in weights(engine).items())
 
 
+@pytest.mark.parametrize("good", [0, 1])
+def test_resuming_after_a_skipped_update_is_bit_exact(folder: Path, tmp_path: Path, good: int) -> None:
+    spoilt = random_batch()
+    jagged.values(spoilt.batch["advantages"]).fill_(torch.inf)
+    engine = load(folder)
+    for batch in [spoilt, *(random_batch(seed) for seed in range(good))]:
+        engine.forward_backward(batch, POLICY)
+        engine.optim_step()
+    engine.save_state(tmp_path)
+    again = load(folder)
+    again.load_state(tmp_path)
+    for one in (engine, again):
+        one.forward_backward(random_batch(9), POLICY)
+        one.optim_step()
+    assert_same(weights(again), weights(engine), rtol=0, atol=0)
+
+
 def test_a_step_without_a_gradient_is_refused(folder: Path) -> None:
     with pytest.raises(RuntimeError, match="forward_backward first"):
         load(folder).optim_step()
