@@ -41,10 +41,15 @@ def settings(config: RunConfig, extra: Mapping[str, Any], step: int) -> StepSett
 
 
 def after_update(config: RunConfig, extra: Mapping[str, Any], metrics: Mapping[str, float], update: int) -> dict:
-    """The controller's other state after optimiser step ``update``, counted from 1 over the run."""
+    """The controller's other state after optimiser step ``update``, counted from 1 over the run.
+
+    TAID's interpolation follows losses that the policy learnt from: neither the 0 of an update in which no token had a
+    teacher, nor that of an update that was skipped, is one.
+    """
     result = dict(extra)
     loss = metrics.get("distillation/loss")
-    if follows_taid(config) and loss is not None and math.isfinite(loss):
+    learnt = metrics.get("distillation/tokens", 0.0) > 0 and not metrics.get("train/skipped")
+    if follows_taid(config) and loss is not None and math.isfinite(loss) and learnt:
         total = config.steps * config.trainer.updates_per_step
         options = {key: value for key, value in _taid_options(config).items() if key != "t"}
         result[_TAID] = asdict(advance(_taid(config, extra), loss, update, total, **options))
