@@ -6,8 +6,8 @@ offsets share one gather and, in the result, one offsets tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -22,7 +22,11 @@ Columns = dict[str, Tensor]
 
 def nested_columns(batch: TensorDict) -> Columns:
     """The columns that TensorDict cannot be trusted with: jagged ones, and other nested tensors."""
-    return {key: column for key, column in batch.items() if isinstance(column, Tensor) and column.is_nested}
+    return {
+        key: column
+        for key, column in batch.items()
+        if jagged.is_jagged(column) or (isinstance(column, Tensor) and column.is_nested)
+    }
 
 
 def from_columns(tensors: Mapping[str, Tensor], num_batch_dims: int) -> TensorDict:
@@ -74,8 +78,8 @@ def split(batch: TensorDict, sizes: Sequence[int]) -> list[TensorDict]:
     dense = batch.exclude(*nested) if nested else batch
     parts = list(dense.split(list(sizes)))
     if nested:
-        for part, stop in zip(parts, accumulate(sizes), strict=True):
-            _with_nested(part, _cut_nested(nested, stop - len(part), stop))
+        for part, columns in zip(parts, _split_nested(nested, sizes), strict=True):
+            _with_nested(part, columns)
     return parts
 
 
@@ -140,8 +144,9 @@ def _take(column: Tensor | TensorDict, rows: Tensor) -> Tensor | TensorDict:
 
 
 def _with_nested(batch: TensorDict, nested: Mapping[str, Tensor]) -> TensorDict:
+    """Adds columns that have the batch's rows, as is known here; ``TensorDict.set`` would look at each shape again."""
     for key, column in nested.items():
-        batch.set(key, column)
+        batch._set_str(key, column, validated=True, inplace=False, non_blocking=False)
     return batch
 
 
@@ -187,28 +192,46 @@ def _select_nested(nested: Columns, rows: Tensor) -> Columns:
 
 
 def _cut_nested(nested: Columns, start: int, stop: int) -> Columns:
+    before, after = start, len(next(iter(nested.values()))) - stop if nested else 0
+    return _split_nested(nested, [before, stop - start, after])[1]
+
+
+def _split_nested(nested: Columns, sizes: Sequence[int]) -> list[Columns]:
+    """The columns of each run of ``sizes`` rows."""
     standard, strided = _ragged_first(nested)
-    part: Columns = {}
+    stops = list(accumulate(sizes))
+    parts: list[Columns] = [{} for _ in sizes]
     for offsets, names in _by_offsets(standard):
-        bounds = offsets[start : stop + 1]
-        first, last, bounds = int(bounds[0]), int(bounds[-1]), bounds - bounds[0]
-        for key in names:
-            part[key] = jagged.from_values(jagged.values(standard[key])[first:last], offsets=bounds)
+        buffers = [(key, jagged.values(standard[key])) for key in names]
+        edges = [0, *offsets[torch.tensor(stops, dtype=torch.int64)].tolist()]
+        for part, size, stop, (first, last) in zip(parts, sizes, stops, pairwise(edges), strict=True):
+            bounds = offsets[stop - size : stop + 1] - first
+            for key, values in buffers:
+                part[key] = jagged.view(values[first:last], bounds)
     for key, column in strided.items():
-        part[key] = torch.nested.as_nested_tensor(list(column.unbind()[start:stop]))
-    return _like(part, nested)
+        cells = column.unbind()
+        for part, size, stop in zip(parts, sizes, stops, strict=True):
+            part[key] = torch.nested.as_nested_tensor(list(cells[stop - size : stop]))
+    return [_like(part, nested) for part in parts]
 
 
 def _concat_nested(parts: Mapping[str, Sequence[Tensor]]) -> Columns:
     originals = {key: columns[0] for key, columns in parts.items()}
     joined: Columns = {}
+    shared: dict[tuple[int, ...], Tensor] = {}  # columns with the same offsets in every part have the same afterwards
     for key, columns in parts.items():
-        if jagged.is_jagged(columns[0]):
-            joined[key] = jagged.concat([_ragged_first({key: column})[0][key] for column in columns])
-        else:
+        if not jagged.is_jagged(columns[0]):
             joined[key] = torch.nested.as_nested_tensor([row for column in columns for row in column.unbind()])
-    standard = {key: column for key, column in joined.items() if jagged.is_jagged(column)}
-    for offsets, names in _by_offsets(standard):
-        for key in names[1:]:
-            joined[key] = jagged.from_values(jagged.values(joined[key]), offsets=offsets)
+            continue
+        standard = [_ragged_first({key: column})[0][key] for column in columns]
+        offsets = [jagged.offsets(column) for column in standard]
+        same = tuple(map(id, offsets))
+        if same not in shared:
+            shared[same] = _known(jagged.concat_offsets(offsets), shared.values())
+        joined[key] = jagged.view(jagged.join([jagged.values(column) for column in standard]), shared[same])
     return _like(joined, originals)
+
+
+def _known(offsets: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """The one of the others that is the same, or these."""
+    return next((other for other in others if torch.equal(other, offsets)), offsets)

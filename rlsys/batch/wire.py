@@ -14,6 +14,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from rlsys.batch import jagged
+
 EncodedTensor = tuple[str, tuple[int, ...], Any]
 EncodedTensorDict = tuple[tuple[int, ...], str | None, dict[str, Any]]
 
@@ -52,15 +54,15 @@ def serialize_tensordict(batch: TensorDict) -> EncodedTensorDict:
     for key, column in batch.items():
         if not isinstance(column, Tensor):
             items[key] = ("object", column)
-        elif not column.is_nested:
-            items[key] = serialize_single_tensor(column)
-        elif column.layout == torch.jagged:
+        elif jagged.is_jagged(column):
             bounds = column.offsets()
             shared = offsets.setdefault(id(bounds), serialize_single_tensor(bounds))
             lengths = None if column.lengths() is None else serialize_single_tensor(column.lengths())
-            items[key] = ("jagged", (serialize_single_tensor(column.values()), shared, lengths, column._ragged_idx))
-        else:
+            items[key] = ("jagged", (serialize_single_tensor(column._values), shared, lengths, column._ragged_idx))
+        elif column.is_nested:
             items[key] = ("strided", [serialize_single_tensor(row) for row in column.unbind()])
+        else:
+            items[key] = serialize_single_tensor(column)
     return tuple(batch.batch_size), None if batch.device is None else str(batch.device), items
 
 
@@ -96,6 +98,8 @@ def _decode(kind: str, parts: Any, tensor: Callable[[EncodedTensor], Tensor], of
     values, shared, lengths, ragged = parts
     bounds = offsets.setdefault(id(shared[2]), tensor(shared))
     sizes = None if lengths is None else tensor(lengths)
+    if sizes is None and ragged == 1:
+        return jagged.view(tensor(values), bounds)
     return torch.nested.nested_tensor_from_jagged(tensor(values), bounds, lengths=sizes, jagged_dim=ragged)
 
 

@@ -132,3 +132,30 @@ def test_what_does_not_fit_is_refused() -> None:
         jagged.pad(column, 0, length=1)
     with pytest.raises(ValueError, match="was not padded"):
         jagged.unpad(torch.zeros(1, 2), torch.tensor([3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.bfloat16, torch.float32, torch.complex128])
+@pytest.mark.parametrize("longest", [3, 90])
+@pytest.mark.parametrize("width", [(), (2,)])
+def test_rows_of_any_length_and_type_are_selected_and_joined(dtype, longest, width):
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(0, longest, (20,), generator=generator)
+    flat = torch.randint(0, 100, (int(sizes.sum()), *width), generator=generator).to(dtype)
+    column = jagged.from_values(flat, sizes)
+    rows = torch.tensor([19, 0, 0, 7, 3])
+    before = jagged.to_rows(column)
+    picked = jagged.select_rows(column, rows)
+    assert jagged.values(picked).dtype == dtype
+    for found, row in zip(jagged.to_rows(picked), rows.tolist(), strict=True):
+        assert torch.equal(found, before[row])
+    both = jagged.to_rows(jagged.concat([picked, column]))
+    assert all(torch.equal(a, b) for a, b in zip(both, [*jagged.to_rows(picked), *before], strict=True))
+    assert not len(jagged.values(jagged.select_rows(column, torch.empty(0, dtype=torch.int64))))
+
+
+@pytest.mark.parametrize("longest", [3, 90])
+def test_a_selection_passes_gradients_on(longest):
+    values = torch.arange(3.0 * longest, requires_grad=True)
+    picked = jagged.select_rows(jagged.from_values(values, [longest] * 3), [2, 2, 0])
+    jagged.values(picked).sum().backward()
+    assert torch.equal(values.grad, torch.tensor([1.0, 0.0, 2.0]).repeat_interleave(longest))
