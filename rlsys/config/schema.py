@@ -247,7 +247,7 @@ class TrainerConfig:
     ranks: trainer processes; null: one a GPU, or one on a CPU.
     micro_batch_tokens: most tokens (padding included) in one forward and backward pass of a rank.
     updates_per_step: optimiser steps that a step's prompt groups are divided over; 1 is strictly on-policy.
-    logprob_chunk_tokens: tokens whose [tokens, vocabulary] logits exist at once.
+    logprob_chunk_tokens: most tokens whose logits exist at once, for a block of words; null: measured best.
     activation_checkpointing: recompute each layer's activations in the backward pass.
     lr, betas, eps, weight_decay: AdamW; biases, norms, embeddings and anything below two dimensions do not decay.
     max_grad_norm: global gradient norm is clipped to this.
@@ -258,7 +258,7 @@ class TrainerConfig:
     ranks: Positive | None = None
     micro_batch_tokens: Positive = 8192
     updates_per_step: Positive = 1
-    logprob_chunk_tokens: Positive = 4096
+    logprob_chunk_tokens: Positive | None = None
     activation_checkpointing: Flag = False
     lr: PositiveFloat = 1e-6
     beta1: Fraction = 0.9

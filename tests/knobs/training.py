@@ -118,7 +118,8 @@ class _LargestLogits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and result.shape[1] == VOCABULARY:
+        products = (torch.ops.aten.mm, torch.ops.aten.addmm)
+        if getattr(function, "overloadpacket", None) in products and result.shape[1] == VOCABULARY:
             self.tokens = max(self.tokens, result.shape[0])
         return result
 

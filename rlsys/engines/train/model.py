@@ -51,7 +51,7 @@ class PolicyOutput(NamedTuple):
 class PolicyModel(nn.Module):
     """A causal language model and the head's log-probs in one forward: a sharded head is whole while it is used."""
 
-    def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk: int):
+    def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk: int | None):
         super().__init__()
         self.lm = lm
         self._temperature, self._chunk = temperature, chunk

@@ -37,7 +37,7 @@ class Teacher:
         shard: Callable[[PolicyModel], ShardedModel],
         *,
         temperature: float,
-        chunk: int,
+        chunk: int | None,
     ) -> Teacher:
         """The teacher that ``config`` describes. shard: spreads a model over the ranks.
 
