@@ -105,9 +105,23 @@ def check_columns(batch: DataProto, reads: Iterable[str], stage: str) -> None:
         if column is not None and "j:" in declared.shape:
             other, known = offsets.setdefault(declared.shape, (name, jagged.offsets(column)))
             if not torch.equal(known, jagged.offsets(column)):
+                row, here, there = _first_difference(jagged.offsets(column), known)
                 raise _column_error(
-                    name, f"does not have the row lengths of '{other}', its like {declared.shape}", stage
+                    name,
+                    f"does not have the row lengths of '{other}', its like {declared.shape}: row {row} has {here} "
+                    f"values, and there {there}",
+                    stage,
                 )
+
+
+def _first_difference(offsets: torch.Tensor, other: torch.Tensor) -> tuple[int, int, int]:
+    """The first row with different lengths, and these; offsets: [B + 1] of each."""
+    lengths, known = offsets.diff(), other.diff()
+    rows = min(len(lengths), len(known))
+    unlike = torch.nonzero(lengths[:rows] != known[:rows]).flatten()
+    row = int(unlike[0]) if len(unlike) else rows
+    here, there = (int(n[row]) if row < len(n) else 0 for n in (lengths, known))
+    return row, here, there
 
 
 def _ill_typed(declared: Column, column: torch.Tensor | None) -> str | None:

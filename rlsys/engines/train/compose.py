@@ -4,7 +4,7 @@ channels, rows and forward pass, in one process."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from rlsys.algorithms.channels import CrossEntropy, Distillation, Preference
 from rlsys.algorithms.divergences import DIVERGENCES, check_divergence
 from rlsys.algorithms.objective import Channel, DivergencePass, ForwardOutput, Objective, TeacherOutput
-from rlsys.batch import DataProto
+from rlsys.batch import DataProto, jagged
+from rlsys.batch.columns import check_columns
 from rlsys.config.errors import UserError
 from rlsys.config.plugins import reads_of
 from rlsys.engines.train.model import PolicyModel, check_head, context_length
@@ -101,8 +102,12 @@ def compose_loss(
         if not len(batch):
             raise UserError("the batch has no rows", where="batch")
         columns.setdefault("pair_slot", torch.ones(len(batch), dtype=torch.bool))
+        given = DataProto.from_dict(tensors=columns)
+        names = _columns(objective)
+        check_columns(given, names, "compose_loss")
+        _check_ids(given, names, model.get_input_embeddings().num_embeddings)
         rows = RankRows(
-            DataProto.from_dict(tensors=columns),
+            given,
             objective.reads,
             max_length=context_length(model),
             token_budget=_WHOLE,
@@ -115,6 +120,29 @@ def compose_loss(
     metrics = {name: float(value) for name, value in {**result.totals, **result.maxima}.items()}
     metrics |= {name: float(value) / max(float(count), 1.0) for name, (value, count) in result.sums.items()}
     return ComposedLoss(result.loss, {name: metrics[f"{name}/loss"] for name in objective.channels}, metrics)
+
+
+def _columns(objective: Objective) -> tuple[str, ...]:
+    """Every column that is read, the sequences' own first."""
+    response = _RESPONSE if "response" in objective.sequences else ()
+    teacher = _TEACHER if objective.divergence is not None else ()
+    pairs = _PAIR if "chosen" in objective.sequences else ()
+    return tuple(dict.fromkeys((*response, *teacher, *pairs, *objective.reads)))
+
+
+def _check_ids(batch: DataProto, names: Sequence[str], vocabulary: int) -> None:
+    for name in names:
+        if name.endswith("_ids"):
+            ids = jagged.values(batch.batch[name])
+            wrong = torch.nonzero((ids < 0) | (ids >= vocabulary)).flatten()
+            if len(wrong):
+                row = int(torch.searchsorted(jagged.offsets(batch.batch[name]), wrong[0], right=True)) - 1
+                raise UserError(
+                    f"row {row} of column '{name}' has the token id {int(ids[wrong[0]])}, and the model has the ids "
+                    f"0 to {vocabulary - 1}",
+                    where=name,
+                    fix="tokenize with the model's own tokenizer",
+                )
 
 
 def _run(policy: PolicyModel, micro: MicroBatch, divergence: DivergencePass | None) -> ForwardOutput:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +277,29 @@ def test_a_batch_without_channels_or_rows_is_refused(model: PreTrainedModel, bat
         compose_loss(model, DataProto())
     with pytest.raises(UserError, match="no rows"):
         compose_loss(model, batch[:0])
+
+
+def _retyped(column: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return jagged.from_values(jagged.values(column).to(dtype), jagged.lengths(column))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("response_mask", lambda c: c.to_padded_tensor(0), "'response_mask' is dense"),
+        ("response_mask", lambda c: _retyped(c, torch.int64), "'response_mask' is of torch.int64"),
+        ("response_ids", lambda c: _retyped(c, torch.int32), "'response_ids' is of torch.int32"),
+        ("prompt_ids", lambda c: jagged.from_values(jagged.values(c) - 1000, jagged.lengths(c)), "row 0 .* token id -"),
+        ("chosen_ids", lambda c: jagged.from_values(jagged.values(c) + 1000, jagged.lengths(c)), "row 0 .* token id 1"),
+        ("teacher_mask", lambda c: jagged.from_values(jagged.values(c)[1:], [int(jagged.lengths(c)[0]) - 1, *jagged.lengths(c)[1:].tolist()]), "row lengths of .* row 0 has"),
+    ],
+)  # fmt: skip
+def test_a_column_that_is_not_what_it_is_declared_as_is_named(
+    model: PreTrainedModel, batch: DataProto, name: str, change: Callable[[torch.Tensor], torch.Tensor], said: str
+) -> None:
+    spoilt = with_columns(batch, {name: change(batch.batch[name])})
+    with pytest.raises(UserError, match=said):
+        compose_loss(model, spoilt, alpha_sdpo=1.0, beta_replay=1.0)
 
 
 def test_the_package_offers_it_and_imports_no_torch() -> None:
