@@ -495,19 +495,23 @@ class Job:
             if name.endswith("/live_fraction"):
                 self._dead_steps[name] = 0 if fraction else self._dead_steps[name] + 1
                 if self._dead_steps[name] >= limit:
-                    channel = name.removesuffix("/live_fraction")
-                    why = _NO_INPUT.get(channel, "no sampled token reached it")
+                    part = name.removesuffix("/live_fraction")
+                    what = "part" if "/" in part else "channel"
                     raise UserError(
-                        f"the loss channel '{channel}' found no input in {limit} steps: {why}",
+                        f"the loss {what} '{part}' found no input in {limit} steps: "
+                        + _NO_INPUT.get(part, "no sampled token reached it"),
                         where=f"step {self.state.step}",
-                        fix="give it weight 0, or look at the rollouts",
+                        fix=_WITHOUT.get(part, "give it weight 0, or look at the rollouts"),
                     )
 
 
+_NO_TEACHER = "no response had a teacher's context (hints.source, hints.threshold)"
 _NO_INPUT = {
-    "distillation": "no response had a teacher's context (hints.source, hints.threshold)",
+    "distillation": _NO_TEACHER,
+    "policy/hybrid": _NO_TEACHER,
     "preference": "no pair was found (replay.source, replay.min_gap)",
 }
+_WITHOUT = {"policy/hybrid": "leave algorithm.distillation.hybrid out, or look at the rollouts"}
 
 
 def _by_sample(experience: Experience, values: np.ndarray) -> dict[tuple[str, int], float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsys.algorithms.channels import CrossEntropy, PolicyGradient
-from rlsys.algorithms.objective import ForwardOutput, Objective, ResponseBatch
+from rlsys.algorithms.objective import ForwardOutput, Objective, ResponseBatch, TeacherOutput
 from rlsys.config.errors import UserError
 from rlsys.config.schema import AlgorithmConfig, KLConfig
 
@@ -152,6 +153,20 @@ def test_live_fraction_counts_rows_with_a_sampled_token() -> None:
     value, count = PolicyGradient().loss(batch, output).sums["live_fraction"]
     assert count == 4
     assert value == len(set(batch.rows[batch.columns["response_mask"]].tolist())) < 4
+
+
+def test_hybrid_advantages_say_how_many_rows_found_a_teacher() -> None:
+    """Also where none did: the guard on dead channels looks at it."""
+    batch, output = make_batch(1)
+    teacher = TeacherOutput(*(torch.zeros_like(output.logprobs) for _ in range(3)))
+    output = replace(output, teacher=teacher)
+    for rows in ([], [1, 3]):
+        taught = torch.isin(batch.rows, torch.tensor(rows, dtype=torch.int64))
+        batch.columns["response_mask"][taught] = True
+        batch.columns["teacher_mask"] = taught
+        value, count = PolicyGradient(hybrid=0.5).loss(batch, output).sums["hybrid/live_fraction"]
+        assert (int(value), int(count)) == (len(rows), 4)
+    assert "hybrid/live_fraction" not in PolicyGradient().loss(batch, output).sums
 
 
 def test_nothing_to_learn_anywhere_is_zero_and_not_nan() -> None:

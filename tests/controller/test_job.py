@@ -165,6 +165,16 @@ def test_a_channel_without_input_for_many_steps_stops_the_run() -> None:
         job._stop_on_dead_channel({"policy/live_fraction": 0.0})
 
 
+def test_hybrid_advantages_without_a_teacher_stop_the_run_after_as_many_steps() -> None:
+    job = make_job("guards.dead_steps=3")
+    dead = {"policy/live_fraction": 1.0, "policy/hybrid/live_fraction": 0.0}
+    for metrics in (dead, dead, dead | {"policy/hybrid/live_fraction": 0.1}, dead, dead):
+        job._stop_on_dead_channel(metrics)
+    with pytest.raises(UserError, match=r"'policy/hybrid' found no input in 3 steps: .*hints\.source") as error:
+        job._stop_on_dead_channel(dead)
+    assert "algorithm.distillation.hybrid" in (error.value.fix or "")
+
+
 def test_samples_of_other_weights_are_not_trained_on() -> None:
     make_job(step=0)._require_current(EXPERIENCE)
     with pytest.raises(SyncError, match="a sample comes from weights"):

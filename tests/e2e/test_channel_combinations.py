@@ -36,7 +36,7 @@ COMBINATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "hybrid advantages from the first policy": (
         (f"{TEACHER}=frozen", "algorithm.distillation.hybrid=0.5", "algorithm.loss=dapo"),
-        ("distillation/teacher_advantage",),
+        ("distillation/teacher_advantage", "policy/hybrid/live_fraction"),
     ),
     "no reference, and each channel's gradient": (
         ("algorithm.preference.loss=simpo", "guards.channel_gradients=true"),

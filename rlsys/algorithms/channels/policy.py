@@ -50,7 +50,8 @@ class PolicyGradient:
         the same value and the same gradient as long as the batch is used for exactly one optimiser step, and it saves
         a forward pass.
     mismatch: also report how far π is from the sampler's μ on the sampled tokens; reads ``rollout_logprobs``.
-    hybrid: λ: where there is a teacher the advantages are λ·A + (1 − λ)·(log π_teacher − log π_old); None: A.
+    hybrid: λ: where there is a teacher the advantages are λ·A + (1 − λ)·(log π_teacher − log π_old); None: A. The
+        metric ``hybrid/live_fraction`` says for what fraction of rows there is one.
     """
 
     loss_name: str = "ppo_clip"
@@ -181,6 +182,8 @@ class PolicyGradient:
             maxima = maxima | {"mismatch_abs_max": off.largest}
         weights = token_weights(self.aggregation, mask, batch.rows, batch.num_rows, self.horizon)
         sums["live_fraction"] = live_fraction(mask, batch)
+        if self.hybrid is not None:
+            sums["hybrid/live_fraction"] = live_fraction(mask & batch.columns["teacher_mask"], batch)
         return ChannelSums((torch.where(keep, tokens, 0.0) * weights).sum(), {"tokens": count}, sums, maxima)
 
     def _mask(self, batch: ResponseBatch) -> torch.Tensor:
