@@ -1,48 +1,45 @@
-"""transformers' own generation as a rollout engine: no vLLM needed, slower, and bit for bit repeatable."""
+"""A transformers model as a rollout engine: no vLLM needed, and bit for bit repeatable."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, cast
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from rlsys.batch.versions import WeightVersion
 from rlsys.config.schema import TorchRollout
 from rlsys.engines.rollout.base import check_prompt
-from rlsys.engines.rollout.noise import gumbel_noise
+from rlsys.engines.rollout.batching import Continuation, ContinuousBatch, Finished
+from rlsys.engines.rollout.decoder import Decoder, unsupported
 from rlsys.engines.rollout.stopping import end_token_ids
+from rlsys.engines.rollout.whole_batches import WholeBatches
 from rlsys.engines.sync.buckets import Parcel
 from rlsys.engines.sync.checksum import weights_checksum
 from rlsys.engines.sync.verify import SyncError
 from rlsys.environments.base import Sample, SamplingParams
 
+_QUIET_TURNS = 3  # of the event loop, until nobody is expected to call any more
 
-@dataclass(frozen=True)
-class _Request:
-    token_ids: list[int]
-    params: SamplingParams
-    answer: asyncio.Future[Sample]
+_Batch = ContinuousBatch | WholeBatches
+_log = logging.getLogger(__name__)
 
 
 class TorchEngine:
     """One transformers model on this machine's GPU, or on its CPU; the contract is
     :class:`rlsys.engines.rollout.base.RolloutEngine`.
 
-    Calls of ``generate`` that are made in the same turn of the event loop are one batch, rows sorted by prompt length
-    and seed and cut every ``max_concurrent``: the same calls are the same batches in whatever order they were made.
+    Batching is continuous (``batching.py``). Calls of ``generate`` enter when others have left, and the event loop is
+    given its turns until no new call comes before decoding goes on: which calls share a step depends on the calls and
+    not on the clock, so the same calls are the same arithmetic. Models that ``decoder.py`` does not know are sampled by
+    transformers' ``generate``, batch after batch.
 
     Args:
         model_path: a Hugging Face folder or hub id.
@@ -59,110 +56,149 @@ class TorchEngine:
             model_path, dtype=getattr(torch, config.dtype), trust_remote_code=False, use_safetensors=True
         )
         self.version = WeightVersion(0, 0)
+        self.last_update_s: dict[str, float] = {}
         self._model = model.to(device).eval().requires_grad_(False)
         self._model.generation_config = GenerationConfig()  # the folder's own may truncate or penalise
-        self._tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
-        self._end_ids = end_token_ids(model_path, self._tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
         self._max_length = max_length
         self._max_concurrent = config.max_concurrent
-        self._waiting: list[_Request] = []
+        end_ids = end_token_ids(model_path, tokenizer)
+        self._batch = self._start_batch(end_ids, _decode_with(tokenizer))
+        self._waiting: list[Continuation] = []  # in the order in which they will enter
+        self._arrived: list[Continuation] = []  # since the event loop last had its turns
+        self._under_way: set[asyncio.Future[Sample]] = set()
         self._runner: asyncio.Task[None] | None = None
         self._weights = asyncio.Lock()
+        self._wanted = 0  # calls that wait for the weights to be at rest
         self._broken: str | None = None
+        # One thread of its own: torch keeps a team of threads for each thread that computes.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
+
+    def _start_batch(self, end_ids: tuple[int, ...], decode: Callable[[list[int]], str]) -> _Batch:
+        why = unsupported(self._model)
+        if why is None:
+            decoder = Decoder(self._model, self._max_length)
+            return ContinuousBatch(decoder, self._model.config.vocab_size, self._max_concurrent, end_ids, decode)
+        _log.warning("the torch engine samples with transformers' generate, in whole batches: %s", why)
+        return WholeBatches(self._model, self._max_concurrent, end_ids, decode)
 
     async def generate(self, token_ids: list[int], params: SamplingParams) -> Sample:
         check_prompt(token_ids, self._max_length)
-        request = _Request(token_ids, params, asyncio.get_running_loop().create_future())
-        self._waiting.append(request)
+        limit = min(params.max_tokens, self._max_length - len(token_ids))
+        answer: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
+        self._arrived.append(Continuation(token_ids, params, limit, answer))
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._run())
-        return await request.answer
+        return await answer
 
     async def checksum(self) -> str:
-        async with self._weights:
-            return await asyncio.to_thread(self._checksum)
+        async with self._at_rest():
+            return await self._in_thread(self._checksum)
 
     async def update_weights(self, buckets: Iterable[Parcel], version: WeightVersion) -> str:
-        async with self._weights:
+        async with self._at_rest():
             if self._broken:
                 raise SyncError(self._broken)
+            began = time.perf_counter()
             try:
-                await asyncio.to_thread(self._load, buckets)
+                await self._in_thread(self._load, buckets)
             except BaseException as error:
                 self._broken = (
                     f"an update to {tuple(version)} broke off half-way ({error!r}): the sampler must be restarted"
                 )
                 raise SyncError(self._broken) from error
             self.version = version
-            return await asyncio.to_thread(self._checksum)
+            loaded = time.perf_counter()
+            checksum = await self._in_thread(self._checksum)
+            self.last_update_s = {"load": loaded - began, "held_checksum": time.perf_counter() - loaded}
+            return str(checksum)
 
     async def close(self) -> None:
         if self._runner is not None:
             self._runner.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._runner
-        for request in self._waiting:
-            request.answer.cancel()
-        self._waiting.clear()
-        self.__dict__.pop("_model", None)
+        for request in (*self._waiting, *self._arrived):
+            _answer(request).cancel()
+        self._waiting, self._arrived = [], []
+        self._thread.shutdown()
+        for name in ("_batch", "_model"):
+            self.__dict__.pop(name, None)
+
+    @contextlib.asynccontextmanager
+    async def _at_rest(self) -> AsyncIterator[None]:
+        """Nothing is under way meanwhile; what was has ended before, and what waits goes on after."""
+        self._wanted += 1
+        try:
+            async with self._weights:
+                yield
+        finally:
+            self._wanted -= 1
 
     async def _run(self) -> None:
-        """Answers what is waiting, batch after batch, until nothing is."""
-        while self._waiting:
-            known = 0
-            while known < len(self._waiting):  # until a whole turn of the event loop has brought no new call
-                known = len(self._waiting)
-                await asyncio.sleep(0)
+        """Answers calls until there are none."""
+        while True:
+            await self._settle()
+            if not self._waiting:
+                return
             async with self._weights:
-                batch = self._take()
-                await self._answer(batch)
+                try:
+                    await self._decode()
+                except Exception as error:  # noqa: BLE001 - it is raised in every call that waits for its answer
+                    self._give_up(error)
 
-    def _take(self) -> list[_Request]:
-        self._waiting.sort(key=lambda r: (len(r.token_ids), r.params.seed, r.token_ids))
-        batch, self._waiting = self._waiting[: self._max_concurrent], self._waiting[self._max_concurrent :]
-        return [request for request in batch if not request.answer.done()]
+    async def _decode(self) -> None:
+        """Until nothing is under way and nobody may enter. The weights are ours."""
+        if self._broken:
+            raise SyncError(self._broken)
+        batch = self._batch
+        while True:
+            if self._waiting and not self._wanted and batch.room:
+                entering, self._waiting = self._waiting[: batch.room], self._waiting[batch.room :]
+                entering = [request for request in entering if not _answer(request).done()]
+                self._under_way |= {_answer(request) for request in entering}
+                await self._reply(await self._in_thread(batch.add, entering, waiting=len(self._waiting)))
+            elif len(batch):
+                if any(answer.done() for answer in self._under_way):  # cancelled
+                    await self._in_thread(batch.drop, lambda request: _answer(request).done())
+                await self._reply(await self._in_thread(batch.run))
+            else:
+                return
 
-    async def _answer(self, batch: list[_Request]) -> None:
-        try:
-            if self._broken:
-                raise SyncError(self._broken)
-            samples = await asyncio.to_thread(self._generate, batch)
-        except Exception as error:  # noqa: BLE001 - it is raised in every call that waits for this batch
-            for request in batch:
-                if not request.answer.done():
-                    request.answer.set_exception(error)
-            return
-        for request, sample in zip(batch, samples, strict=True):
-            if not request.answer.done():
-                request.answer.set_result(sample)
+    async def _reply(self, finished: list[Finished]) -> None:
+        """Hands out answers, and lets those who wait for them call again."""
+        for response in finished:
+            answer, n = _answer(response.sequence), len(response.token_ids)
+            if not answer.done():
+                reason = "stop" if response.stopped else "length"
+                answer.set_result(Sample(response.token_ids, response.logprobs, [self.version] * n, reason))
+            self._under_way.discard(answer)
+        await self._settle()
 
-    @torch.inference_mode()
-    def _generate(self, batch: list[_Request]) -> list[Sample]:
-        if not batch:
-            return []
-        device = self._model.device
-        longest = max(len(r.token_ids) for r in batch)
-        limits = [min(r.params.max_tokens, self._max_length - len(r.token_ids)) for r in batch]
-        pad = self._end_ids[0] if self._end_ids else 0
-        input_ids = torch.full((len(batch), longest), pad, dtype=torch.int64)
-        mask = torch.zeros_like(input_ids)
-        for row, request in enumerate(batch):
-            input_ids[row, longest - len(request.token_ids) :] = torch.tensor(request.token_ids)
-            mask[row, longest - len(request.token_ids) :] = 1
-        picker = _Picker([r.params for r in batch], device)
-        stopper = _Stopper([r.params for r in batch], limits, longest, self._end_ids, self._tokenizer)
-        self._model.generate(
-            input_ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=GenerationConfig(do_sample=False, max_new_tokens=max(limits), pad_token_id=pad),
-            logits_processor=LogitsProcessorList([picker]),
-            stopping_criteria=StoppingCriteriaList([stopper]),
-        )
-        tokens, logprobs = picker.picked()
-        return [
-            Sample(tokens[row][:n], logprobs[row][:n], [self.version] * n, reason)
-            for row, (n, reason) in enumerate(zip(stopper.lengths, stopper.reasons, strict=True))
-        ]
+    async def _settle(self) -> None:
+        """Lets everybody call who is about to, and puts the calls in an order that does not depend on theirs."""
+        known, quiet = len(self._arrived), 0
+        while quiet < _QUIET_TURNS:
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if len(self._arrived) == known else 0
+            known = len(self._arrived)
+        self._waiting += sorted(self._arrived, key=lambda r: (len(r.prompt), r.prompt, r.params.seed))
+        self._arrived = []
+
+    def _give_up(self, error: Exception) -> None:
+        """``error`` is raised in every call under way; where the engine is broken, in those that wait too."""
+        lost = self._under_way
+        if self._broken:
+            lost = lost | {_answer(request) for request in self._waiting}
+            self._waiting = []
+        self._under_way = set()
+        self._batch.clear()
+        for answer in lost:
+            if not answer.done():
+                answer.set_exception(error)
+
+    async def _in_thread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(function, *args, **kwargs))
 
     def _checksum(self) -> str:
         return weights_checksum(self._model.named_parameters())
@@ -175,75 +211,15 @@ class TorchEngine:
                 missing.pop(name).copy_(tensor)
         if missing:
             raise ValueError(f"no new weights came for {', '.join(missing)}")
+        self._batch.refresh()
 
 
-class _Picker(LogitsProcessor):
-    """Turns logits into scores whose argmax is the sample, and keeps each picked token's log-prob."""
-
-    def __init__(self, rows: list[SamplingParams], device: torch.device):
-        self._temperatures = torch.tensor([p.temperature or 1.0 for p in rows], device=device)[:, None]
-        self._random = torch.tensor([p.temperature > 0 for p in rows], device=device)[:, None]
-        self._seeds = torch.tensor([p.seed for p in rows], dtype=torch.int64, device=device)
-        self._tokens: list[torch.Tensor] = []
-        self._logprobs: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """scores [B, V] raw logits → [B, V], the same at temperature 0, perturbed above."""
-        logprobs = (scores.float() / self._temperatures).log_softmax(-1)
-        perturbed = logprobs
-        if self._random.any():
-            position = torch.full_like(self._seeds, len(self._tokens))
-            noise = gumbel_noise(self._seeds, position, scores.shape[-1])
-            perturbed = torch.where(self._random, logprobs + noise, logprobs)
-        token = perturbed.argmax(-1)
-        self._tokens.append(token)
-        self._logprobs.append(logprobs.gather(-1, token[:, None])[:, 0])
-        return perturbed
-
-    def picked(self) -> tuple[list[list[int]], list[list[float]]]:
-        """[B][T] tokens and log-probs, what came after a row's end included."""
-        return torch.stack(self._tokens, 1).tolist(), torch.stack(self._logprobs, 1).tolist()
+def _answer(request: Continuation) -> asyncio.Future[Sample]:
+    return cast("asyncio.Future[Sample]", request.key)
 
 
-class _Stopper(StoppingCriteria):
-    """Ends each row by its own rules: end token, stop text, limit.
+def _decode_with(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    def decode(token_ids: list[int]) -> str:
+        return str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    lengths: [B] tokens of each response so far; reasons: [B] ``stop`` or ``length``.
-    """
-
-    def __init__(
-        self,
-        rows: list[SamplingParams],
-        limits: list[int],
-        prompt_tokens: int,
-        end_ids: tuple[int, ...],
-        tokenizer: PreTrainedTokenizerBase,
-    ):
-        self._rows, self._limits, self._start, self._tokenizer = rows, limits, prompt_tokens, tokenizer
-        self._ends = [{*end_ids, *p.stop_token_ids} for p in rows]
-        self._open = list(range(len(rows)))
-        self.lengths = [0] * len(rows)
-        self.reasons = ["length"] * len(rows)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        """input_ids [B, prompt + response] → [B] bool, true where the row is done."""
-        responses = input_ids[:, self._start :].tolist()
-        still_open = []
-        for row in self._open:
-            self.lengths[row] = len(responses[row])
-            if responses[row][-1] in self._ends[row] or self._has_stop_text(responses[row], self._rows[row].stop):
-                self.reasons[row] = "stop"
-            elif self.lengths[row] < self._limits[row]:
-                still_open.append(row)
-        self._open = still_open
-        done = torch.ones(len(responses), dtype=torch.bool)
-        done[still_open] = False
-        return done.to(input_ids.device)
-
-    def _has_stop_text(self, response: list[int], stop: tuple[str, ...]) -> bool:
-        if not stop:
-            return False
-        # A text of n characters ends within its last 4n byte tokens; a few more give the decoder its context.
-        tail = response[-(4 * max(map(len, stop)) + 8) :]
-        text = self._tokenizer.decode(tail, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return any(s in text for s in stop)
+    return decode
