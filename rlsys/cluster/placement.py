@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from rlsys.algorithms.requirements import needs_critic, needs_reference
 from rlsys.config.errors import UserError
+from rlsys.config.sampler import sampler_ranks
 from rlsys.config.schema import RunConfig
 
 # Shares of a GPU that its actors take turns on. Ray books them; memory is bounded by rollout.gpu_memory_fraction on the
@@ -41,15 +42,16 @@ class Plan:
 
 
 def plan(config: RunConfig, *, gpus: int, cores: int) -> Plan:
-    """Assigns actors to GPUs, trainer rank i and rollout worker i on GPU i; without GPUs to CPU threads.
+    """Assigns actors to GPUs, trainer rank i and rollout worker i on GPU i; without GPUs to CPU threads. A sampler of
+    several GPUs has them to itself, beside the trainer's: Ray can share one GPU, not several at once.
 
     Raises:
         UserError: more trainer ranks or rollout workers than GPUs.
     """
-    ranks = config.trainer.ranks or max(gpus, 1)
-    for key, wanted in (("trainer.ranks", ranks), ("rollout.workers", config.rollout.workers)):
-        if gpus and wanted > gpus:
-            raise UserError(f"{key}={wanted}, but there are {gpus} GPUs", where=key, fix=f"set {key}={gpus} or less")
+    each = sampler_ranks(config.rollout)
+    own = each * config.rollout.workers if gpus and each > 1 else 0  # GPUs that only samplers use
+    ranks = config.trainer.ranks or max(gpus - own, 1)
+    _check_room(config, gpus, ranks, own, each)
     threads = config.cluster.threads or max(1, cores // ranks)
     actors: list[ActorSpec] = []
     for role, count in (
@@ -61,9 +63,28 @@ def plan(config: RunConfig, *, gpus: int, cores: int) -> Plan:
         for index in range(count):
             per_actor = threads if role != "rollout" else config.cluster.threads or max(1, cores // count)
             env = {"OMP_NUM_THREADS": str(per_actor)}
-            if gpus:
+            if gpus and role == "rollout" and own:
+                actors.append(ActorSpec(role, index, each, ranks + index, per_actor, env))
+            elif gpus:
                 actors.append(ActorSpec(role, index, _GPU_SHARE[role], index, per_actor, env))
             else:  # Ray would otherwise hide GPUs by a variable that some libraries read as an error
                 actors.append(ActorSpec(role, index, 0.0, None, per_actor, env))
     actors.append(ActorSpec("reward", 0, env={"OMP_NUM_THREADS": "1"}))
-    return Plan(tuple(actors), tuple({"GPU": 1.0} for _ in range(max(ranks, config.rollout.workers) if gpus else 0)))
+    if not gpus:
+        return Plan(tuple(actors), ())
+    shared = ranks if own else max(ranks, config.rollout.workers)
+    bundles = [{"GPU": 1.0}] * shared + [{"GPU": float(each)}] * (config.rollout.workers if own else 0)
+    return Plan(tuple(actors), tuple(bundles))
+
+
+def _check_room(config: RunConfig, gpus: int, ranks: int, own: int, each: int) -> None:
+    if own and ranks + own > gpus:
+        raise UserError(
+            f"{config.rollout.workers} samplers of {each} GPUs and {ranks} trainer ranks need {ranks + own} GPUs, and "
+            f"there are {gpus}",
+            where="rollout.tensor_parallel",
+            fix="lower rollout.tensor_parallel, rollout.pipeline_parallel, rollout.workers or trainer.ranks",
+        )
+    for key, wanted in (("trainer.ranks", ranks), ("rollout.workers", config.rollout.workers)):
+        if gpus and wanted > gpus:
+            raise UserError(f"{key}={wanted}, but there are {gpus} GPUs", where=key, fix=f"set {key}={gpus} or less")

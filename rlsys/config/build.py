@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from rlsys.config import schema
 from rlsys.config.errors import UserError
 from rlsys.config.ignored import no_teacher
+from rlsys.config.sampler import check_sampler
 from rlsys.config.schema import RunConfig
 
 # Names that users bring from other frameworks, and what they find here.
@@ -198,6 +199,7 @@ def cross_check(config: RunConfig) -> None:
             where="algorithm.kl.estimator",
             fix="use k1, k2 or k3, or algorithm.kl.placement=loss",
         )
+    check_sampler(config)
     _check_kl(config)
     if trainer.critic.warmup_steps >= config.steps:
         raise UserError(

@@ -177,6 +177,8 @@ class _Rollout:
     workers: number of RolloutWorker actors.
     dtype: of the sampler's weights.
     environment: name or import path of the environment that a prompt is played in.
+    sync: how new weights reach the samplers. ``auto``: memory that they share on one host, NCCL between the GPUs of
+        several, else the object store; ``delta``: through the object store, only what changed.
     mismatch_alarm: mean absolute log-prob difference between sampler and trainer above which an alarm is raised.
     """
 
@@ -187,6 +189,7 @@ class _Rollout:
     workers: Positive = 1
     dtype: Dtype = "float32"
     environment: str = "single_turn"
+    sync: Literal["auto", "shared_memory", "object_store", "nccl", "delta"] = "auto"
     mismatch_alarm: PositiveFloat = 0.05
 
 
@@ -198,6 +201,8 @@ class VllmRollout(_Rollout):
     gpu_memory_fraction: of the GPU's memory, for weights and KV cache.
     max_concurrent: sequences that the engine decodes at once.
     enforce_eager: no graph capture or compilation (faster start, slower decoding on a GPU).
+    tensor_parallel, pipeline_parallel: GPUs (processes, on a CPU) that each layer, and the stack of layers, of one
+        sampler is cut over.
     engine_args: passed to vLLM's engine arguments as they are, checked against their names.
     """
 
@@ -206,6 +211,8 @@ class VllmRollout(_Rollout):
     gpu_memory_fraction: Fraction = 0.5
     max_concurrent: Positive = 256
     enforce_eager: Flag = True
+    tensor_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 

@@ -46,7 +46,8 @@ from rlsys.tracking.trackers import TrackerSet
 from rlsys.workers.experience import Experience, assign
 from rlsys.workers.groups import CriticGroup, ReferenceGroup, RewardGroup, RolloutGroup, TrainerGroup
 from rlsys.workers.trainer import Slice, TokenAdvantagesRequest
-from rlsys.workers.waits import StopFlag, gather
+from rlsys.workers.waits import ActorFailed, DeadlineExceeded, StopFlag, gather
+from rlsys.workers.weight_sync import WeightSync
 
 _CRITIC = "critic"  # its folder in a checkpoint
 _UPDATE_GRACE_S = 10.0  # an update that has begun may finish, so that the checkpoint is that of a whole step
@@ -122,6 +123,7 @@ class Job:
             return self.prompts.next_batch()
 
     def collect(self, prompts: DataProto) -> Experience:
+    _weights: WeightSync | None = None
         """Samples, scores and reference log-probs of the step's prompt groups.
 
         Raises:
@@ -264,8 +266,9 @@ class Job:
     def sync_weights(self) -> None:
         """Hands the trainer's weights to the samplers and checks that they arrived."""
         with self._phase("sync"):
-            buckets, checksum = self.groups.trainer.export_weights(self.config.rollout.dtype)
-            self.groups.rollout.update_weights(buckets, self.version, checksum)
+            if self._weights is None:
+                self._weights = WeightSync(self.groups.trainer, self.groups.rollout, self.config.rollout)
+            self._metrics |= self._weights(self.version)
 
     @property
     def version(self) -> WeightVersion:

@@ -18,13 +18,17 @@ from rlsys.batch.versions import WeightVersion
 from rlsys.cluster.placement import ActorSpec
 from rlsys.cluster.session import Placement
 from rlsys.config.errors import UserError
+from rlsys.config.sampler import sampler_ranks
 from rlsys.config.schema import DeadlineConfig, DistillationConfig, ModelConfig, RunConfig, TrainerConfig
+from rlsys.engines.sync.broadcast import Meeting
+from rlsys.engines.sync.buckets import Entry
 from rlsys.engines.sync.verify import check_sync
 from rlsys.workers.reference import ReferenceWorker
 from rlsys.workers.reward import ContextSettings, RewardSummary, RewardWorker
 from rlsys.workers.rollout import RolloutSummary, RolloutWorker, SampleRequest
 from rlsys.workers.trainer import AdvantageSummary, ForwardSummary, Slice, TokenAdvantagesRequest, TrainerWorker
 from rlsys.workers.waits import ActorFailed, Call, DeadlineExceeded, StopFlag, gather
+from rlsys.workers.weights import Host, SendRequest, SentWeights, TakenWeights
 
 _CLOSE_S = 5.0
 
@@ -91,8 +95,11 @@ class RolloutGroup(_Group):
                 "start",
                 config.model.path,
                 config.rollout,
+        self._broadcast_index: list[Entry] | None = None
+        self._ranks_per_sampler = 1
                 max_length=max_length,
                 seed=config.seed,
+        self._ranks_per_sampler = sampler_ranks(config.rollout)
                 threads=a.spec.threads,
                 what="loading the sampler",
             )
@@ -108,24 +115,61 @@ class RolloutGroup(_Group):
             calls.append(Call(summary, actor.spec.name, f"{len(shard) * request.samples} responses", batch))
         return calls
 
-    def update_weights(self, buckets: list[ray.ObjectRef], version: WeightVersion, checksum: str) -> None:
+    def hosts(self) -> list[Host]:
+        return self._gather([a.call("host", what="its host") for a in self._actors], "sync")
+
+    def update_weights(self, sent: SentWeights, version: WeightVersion) -> list[TakenWeights]:
         """Hands the trainer's weights to every sampler and checks that they arrived.
 
         Raises:
             SyncError: a sampler's checksum is not the sender's.
         """
-        calls = [
-            a.call("update_weights", buckets, version, what=f"weights of step {version.step}") for a in self._actors
+        calls = self._updates(sent, version)
+        return self._checked(sent, calls, self._gather(calls, "sync"))
+
+    def receive_broadcast(
+        self, trainer: TrainerGroup, dtype: str, request: SendRequest
+    ) -> tuple[SentWeights, list[TakenWeights]]:
+        """Has the samplers' GPUs receive what trainer rank 0 broadcasts. They meet at the first call.
+
+        Raises:
+            SyncError: a sampler's checksum is not the sender's.
+        """
+        if self._broadcast_index is None:
+            self._broadcast_index = trainer.weights_index(dtype)
+            self._meet(trainer)
+        announced = SentWeights("nccl", [], "", 0, index=tuple(self._broadcast_index))
+        sending = trainer.broadcasting(dtype, self._broadcast_index)
+        receiving = self._updates(announced, request.version)
+        answers = self._gather([*sending, *receiving], "sync")
+        sent, taken = answers[0], answers[len(sending) :]
+        return sent, self._checked(sent, receiving, taken)
+
+    def _meet(self, trainer: TrainerGroup) -> None:
+        host, port = trainer.meeting_place()
+        ranks = self._ranks_per_sampler
+        world = 1 + len(self) * ranks
+        calls = [trainer.joining(Meeting(host, port, 0, world))]
+        calls += [
+            a.call("join_trainer", Meeting(host, port, 1 + i * ranks, world), what="meeting the trainer")
+            for i, a in enumerate(self._actors)
         ]
-        for call, sampler in zip(calls, self._gather(calls, "sync"), strict=True):
+        self._gather(calls, "sync")
+
+    def _updates(self, sent: SentWeights, version: WeightVersion) -> list[Call]:
+        return [a.call("update_weights", sent, version, what=f"weights of step {version.step}") for a in self._actors]
+
+    def _checked(self, sent: SentWeights, calls: list[Call], taken: list[TakenWeights]) -> list[TakenWeights]:
+        for call, answer in zip(calls, taken, strict=True):
             check_sync(
                 sender_before=self._sender_checksum,
-                sender_after=checksum,
+                sender_after=sent.checksum,
                 sampler_before=self._sampler_checksum,
                 sampler_after=sampler,
                 sampler=call.actor,
             )
-        self._sender_checksum = self._sampler_checksum = checksum
+        self._sender_checksum = self._sampler_checksum = sent.checksum
+        return taken
 
 
 class RewardGroup(_Group):
@@ -326,8 +370,31 @@ class TrainerGroup(_Group):
     def optim_step(self) -> dict[str, float]:
         return self._all("optim_step", phase="train", what="optimiser step")[0]
 
-    def export_weights(self, dtype: str, *, share: bool = True) -> tuple[list[ray.ObjectRef], str]:
-        return self._all("export_weights", dtype, share=share, phase="sync", what="gathered weights")[0]
+    def export_weights(self, dtype: str, request: SendRequest | None = None) -> SentWeights:
+        """request: the transport; None: the object store."""
+        return self._all("export_weights", dtype, request, phase="sync", what="gathered weights")[0]
+
+    def release_weights(self) -> None:
+        self._first("release_weights", "freeing memory of the last update")
+
+    def host(self) -> Host:
+        return self._first("host", "its host")
+
+    def weights_index(self, dtype: str) -> list[Entry]:
+        return self._all("weights_index", dtype, phase="sync", what="names of weights")[0]
+
+    def meeting_place(self) -> tuple[str, int]:
+        return self._first("address", "its address")
+
+    def joining(self, meeting: Meeting) -> Call:
+        return self._actors[0].call("join_samplers", meeting, what="meeting the samplers")
+
+    def broadcasting(self, dtype: str, index: list[Entry]) -> list[Call]:
+        return [a.call("broadcast_weights", dtype, index, what="broadcast weights") for a in self._actors]
+
+    def _first(self, method: str, what: str) -> Any:
+        """The answer of rank 0 alone: nothing collective."""
+        return self._gather([self._actors[0].call(method, what=what)], "sync")[0]
 
     def save_state(self, folder: str) -> None:
         self._all("save_state", folder, phase="checkpoint", what="its shard of the checkpoint", stop=False)

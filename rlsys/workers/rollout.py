@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 
 from rlsys.algorithms.collapse import repetition
 from rlsys.batch import DataProto, jagged
@@ -15,8 +14,10 @@ from rlsys.batch.columns import check_columns
 from rlsys.batch.versions import WeightVersion
 from rlsys.config.schema import RolloutConfig
 from rlsys.engines.rollout import RolloutEngine, start_engine
+from rlsys.engines.sync.broadcast import Meeting
 from rlsys.environments.base import ENVIRONMENTS, Environment
 from rlsys.environments.play import SamplingSettings, play_group, trajectories_to_batch
+from rlsys.workers.weights import Host, SentWeights, TakenWeights, WeightIntake
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class RolloutWorker:
         self._engine: RolloutEngine = await start_engine(
             model_path, config, max_length=max_length, seed=seed, threads=threads
         )
+        self._intake = WeightIntake()
         self._environment: Environment = ENVIRONMENTS.get(config.environment, where="rollout.environment")()
 
     async def generate(self, prompts: DataProto, request: SampleRequest) -> tuple[DataProto, RolloutSummary]:
@@ -101,11 +103,17 @@ class RolloutWorker:
         batch = trajectories_to_batch(prompts, groups)
         return batch, summarize(batch)
 
-    async def update_weights(self, buckets: list[ray.ObjectRef], version: WeightVersion) -> str:
-        """Takes new weights; returns the checksum of what the sampler then holds."""
-        # One bucket at a time: what has been loaded may leave the object store. Sampling is paused meanwhile, so a wait
-        # for the next one keeps nobody waiting.
-        return await self._engine.update_weights((ray.get(ref) for ref in buckets), version)
+    def host(self) -> Host:
+        return Host.here()
+
+    async def update_weights(self, sent: SentWeights, version: WeightVersion) -> TakenWeights:
+        """Takes new weights."""
+        checksum = await self._engine.update_weights(self._intake.open(sent), version)
+        return TakenWeights(checksum, dict(getattr(self._engine, "last_update_s", {})))
+
+    async def join_trainer(self, meeting: Meeting) -> None:
+        """Meets trainer rank 0 for broadcasts of weights between GPUs."""
+        await self._engine.join_trainer(meeting)  # type: ignore[attr-defined]
 
     async def close(self) -> None:
         await self._engine.close()

@@ -21,13 +21,15 @@ from rlsys.algorithms.objective import Objective, StepSettings
 from rlsys.algorithms.preferences import PREFERENCE_LOSSES, PairLogprobs, pair_sums
 from rlsys.batch import DataProto, jagged
 from rlsys.batch.columns import check_columns
+from rlsys.batch.versions import WeightVersion
 from rlsys.checkpoint.export import export_hf
 from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
-from rlsys.engines.sync.buckets import pack
-from rlsys.engines.sync.checksum import weights_checksum
+from rlsys.engines.sync.broadcast import Broadcaster, Meeting
+from rlsys.engines.sync.buckets import Entry
 from rlsys.engines.train import TrainEngine, init_process_group, load_engine
 from rlsys.engines.train.collectives import Ranks
 from rlsys.replay.pairs import join_pairs, pairs_from_groups, reference_view, with_reference
+from rlsys.workers.weights import Host, SendRequest, SentWeights, WeightSender
 
 _READS = ("prompt_ids", "response_ids", "response_mask", "rollout_logprobs")
 
@@ -96,6 +98,7 @@ class TrainerWorker:
         trainer: TrainerConfig,
         *,
         temperature: float,
+        self._sender = WeightSender()
         total_steps: int,
         seed: int,
         threads: int,
@@ -320,16 +323,45 @@ class TrainerWorker:
         if len(self._updates[update]):
             self._updates[update].save(path)
 
-    def export_weights(self, dtype: str, *, share: bool = True) -> tuple[list[ray.ObjectRef], str] | None:
-        """Rank 0: references of the weights' buckets in the object store, and the sender's checksum. Others: None."""
+    def host(self) -> Host:
+        return Host.here()
+
+    def export_weights(self, dtype: str, request: SendRequest | None = None) -> SentWeights | None:
+        """Rank 0: hands out the weights in ``dtype``. Others: None; the gathers are collective.
+
+        Args:
+            request: the transport; None: the object store.
+        """
+        weights = self._engine.export_weights(getattr(torch, dtype))
+        if self._rank:
+            for _ in weights:
+                pass
+            return None
+        return self._sender.send(weights, request or SendRequest("object_store", WeightVersion(0, 0)))
+
+    def release_weights(self) -> None:
+        """Every sampler has taken what was exported."""
+        self._sender.release()
+
+    def weights_index(self, dtype: str) -> list[Entry] | None:
+        """Rank 0: name, dtype and shape of every weight, in the order of ``export_weights``. Others: None."""
+        weights = self._engine.export_weights(getattr(torch, dtype))
+        index = [Entry.of(name, tensor, 0) for name, tensor in weights]
+        return None if self._rank else index
+
+    def join_samplers(self, meeting: Meeting) -> None:
+        """Rank 0 meets the samplers for broadcasts of weights between GPUs."""
+        self._broadcaster = Broadcaster(meeting)
+
+    def broadcast_weights(self, dtype: str, index: list[Entry]) -> SentWeights | None:
+        """Rank 0 broadcasts the weights that ``index`` lists; every sampler receives meanwhile. Others: None."""
         weights = self._engine.export_weights(getattr(torch, dtype))
         if self._rank:
             for _ in weights:  # the gathers are collective
                 pass
             return None
-        buckets = list(pack(weights))
-        checksum = weights_checksum(item for bucket in buckets for item in bucket.tensors())
-        return [ray.put(bucket) for bucket in buckets] if share else [], checksum
+        checksum, nbytes, seconds = self._broadcaster.send(weights, index)
+        return SentWeights("nccl", [], checksum, nbytes, seconds)
 
     def save_state(self, folder: str) -> None:
         self._engine.save_state(Path(folder))

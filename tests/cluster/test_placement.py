@@ -14,8 +14,8 @@ from rlsys.config.errors import UserError
 from rlsys.config.schema import KLConfig, RunConfig
 
 
-def config(ranks: int | None = None, samplers: int = 1, kl: float = 0.0) -> RunConfig:
-    base = run_config()
+def config(ranks: int | None = None, samplers: int = 1, kl: float = 0.0, tensor_parallel: int = 1) -> RunConfig:
+    base = run_config(f"rollout.tensor_parallel={tensor_parallel}")
     return replace(
         base,
         trainer=replace(base.trainer, ranks=ranks),
@@ -47,3 +47,22 @@ def test_no_gpu_is_booked_twice_over(gpus: int, samplers: int) -> None:
     for bundle in range(gpus):
         assert sum(a.gpus for a in layout.actors if a.bundle == bundle) <= 1.0
     assert len({a.bundle for a in layout.of("trainer")}) == gpus, "NCCL wants each rank on a GPU of its own"
+
+
+@given(gpus=st.integers(1, 16), samplers=st.integers(1, 4), each=st.integers(2, 4))
+def test_a_sampler_of_several_gpus_has_them_to_itself(gpus: int, samplers: int, each: int) -> None:
+    settings = config(samplers=samplers, tensor_parallel=each)
+    if samplers * each >= gpus:
+        with pytest.raises(UserError, match="samplers of"):
+            plan(settings, gpus=gpus, cores=32)
+        return
+    layout = plan(settings, gpus=gpus, cores=32)
+    assert len(layout.of("trainer")) == gpus - samplers * each, "the trainer has the others"
+    assert sum(bundle["GPU"] for bundle in layout.bundles) == gpus
+    assert all(a.gpus == each == layout.bundles[a.bundle]["GPU"] for a in layout.of("rollout"))
+    assert not {a.bundle for a in layout.of("trainer")} & {a.bundle for a in layout.of("rollout")}
+
+
+def test_without_gpus_a_sampler_of_several_processes_is_one_actor() -> None:
+    (sampler,) = plan(config(tensor_parallel=2), gpus=0, cores=8).of("rollout")
+    assert (sampler.gpus, sampler.threads) == (0, 8)

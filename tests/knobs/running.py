@@ -34,6 +34,7 @@ from rlsys.rewards.pool import RewardPool
 from rlsys.workers.experience import Experience
 from rlsys.workers.rollout import RolloutWorker, SampleRequest
 from rlsys.workers.waits import StopFlag
+from rlsys.workers.weights import Host, SendRequest, SentWeights, TakenWeights
 
 # --- the run ---
 
@@ -151,10 +152,39 @@ def both_engines(bench: Bench) -> None:
     assert (engine._model.dtype, engine._max_concurrent) == (torch.bfloat16, 3)
     arguments = vllm_arguments(bench, dtype="bfloat16", max_concurrent=3)
     assert (arguments["dtype"], arguments["max_num_seqs"]) == ("bfloat16", 3)
-    trainer = Actors({"export_weights": lambda dtype: ([], dtype)})
-    with bench.job("rollout.dtype=bfloat16", trainer=trainer) as job:
+    assert synced(bench, "rollout.dtype=bfloat16")[0] == "bfloat16"
+
+
+def synced(bench: Bench, *overrides: str) -> tuple[str, SendRequest]:
+    """What the trainer is asked to export for a sampler on its host."""
+    here = Host("this one", gpu=False)
+    trainer = Actors({"host": lambda: here, "export_weights": lambda *_: SentWeights("object_store", [], "sum", 0)})
+    with bench.job(*overrides, trainer=trainer) as job:
+        taken = [TakenWeights("sum", {})]
+        job.groups.rollout = Actors({"hosts": lambda: [here], "update_weights": lambda *_: taken})  # type: ignore[assignment]
         job.sync_weights()
-    assert trainer.given("export_weights") == [(("bfloat16",), {})]
+    ((asked, _),) = trainer.given("export_weights")
+    return asked
+
+
+@entry("rollout.sync")
+def sync(bench: Bench) -> None:
+    wanted = {
+        "auto": "shared_memory",
+        "shared_memory": "shared_memory",
+        "object_store": "object_store",
+        "delta": "delta",
+    }
+    assert {name: synced(bench, f"rollout.sync={name}")[1].transport for name in wanted} == wanted
+
+
+@entry("rollout.tensor_parallel", "rollout.pipeline_parallel")
+def several_gpus_a_sampler(bench: Bench) -> None:
+    arguments = vllm_arguments(bench, tensor_parallel=2, pipeline_parallel=3)
+    assert (arguments["tensor_parallel_size"], arguments["pipeline_parallel_size"]) == (2, 3)
+    for key in ("tensor_parallel", "pipeline_parallel"):
+        (sampler,) = plan(bench.config(f"rollout.{key}=2"), gpus=4, cores=8).of("rollout")
+        assert sampler.gpus == 2
 
 
 @entry("rollout.engine")

@@ -11,7 +11,9 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -26,12 +28,15 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from rlsys.batch.versions import WeightVersion
 from rlsys.config.errors import UserError
+from rlsys.config.sampler import sampler_ranks
 from rlsys.config.schema import VllmRollout
 from rlsys.engines.rollout.base import check_prompt
 from rlsys.engines.rollout.stopping import end_token_ids
 from rlsys.engines.rollout.vllm_args import check_engine_args
 from rlsys.engines.rollout.vllm_environment import core_environment
-from rlsys.engines.sync.buckets import Parcel
+from rlsys.engines.rollout.vllm_memory import check_memory
+from rlsys.engines.sync.broadcast import Broadcast, Meeting
+from rlsys.engines.sync.buckets import Entry, Parcel
 from rlsys.engines.sync.checksum import Piece, pieces_checksum
 from rlsys.engines.sync.shared_memory import Segment, SharedBucket
 from rlsys.engines.sync.verify import SyncError
@@ -73,7 +78,7 @@ class VllmEngine:
             UserError: ``config.engine_args`` names something that vLLM lacks or rlsys decides, or vLLM refuses a value.
         """
         arguments = engine_arguments(model_path, config, max_length=max_length, seed=seed)
-        threads = threads or len(os.sched_getaffinity(0))
+        threads = max(1, (threads or len(os.sched_getaffinity(0))) // sampler_ranks(config))
         with core_environment(threads, on_cpu=current_platform.is_cpu(), eager=config.enforce_eager):
             try:
                 vllm_config = AsyncEngineArgs(**arguments).create_engine_config()
@@ -83,9 +88,12 @@ class VllmEngine:
                     where="rollout",
                     fix="check rollout.engine_args, rollout.max_concurrent, model.path and the lengths in data",
                 ) from error
+            check_memory(vllm_config, Path(model_path), config)
             engine = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=arguments["disable_log_stats"])
         end_ids = end_token_ids(model_path, AutoTokenizer.from_pretrained(model_path, trust_remote_code=False))
         started = cls(engine, max_length=max_length, end_ids=end_ids)
+        if config.pipeline_parallel > 1:
+            await started._rpc("rlsys_prepare_pipeline")
         await engine.update_weight_version(str(started.version.packed()))
         return started
 
@@ -132,24 +140,21 @@ class VllmEngine:
         if engine is not None:
             engine.shutdown()
 
+    async def join_trainer(self, meeting: Meeting) -> None:
+        """Every rank of this sampler meets trainer rank 0, which will broadcast weights to it."""
+        await self._rpc("rlsys_join_trainer", *dataclasses.astuple(meeting))
+
     async def _load(self, parcels: Iterable[Parcel]) -> None:
         await self._rpc("rlsys_begin_update")
         for parcel in parcels:
-            if isinstance(parcel, SharedBucket):
-                await self._load_shared(parcel)
-                continue
-            segment = Segment()
-            try:
-                for _ in segment.write(parcel.tensors()):
-                    pass
-                await self._load_shared(segment.bucket())
-            finally:
-                segment.release()
+            if isinstance(parcel, Broadcast):
+                await self._rpc("rlsys_receive_broadcast", _entries(parcel.index))
+            elif isinstance(parcel, SharedBucket):
+                await self._rpc("rlsys_load_bucket", parcel.path, parcel.nbytes, _entries(parcel.entries))
+            else:
+                with _in_shared_memory(parcel) as bucket:
+                    await self._rpc("rlsys_load_bucket", bucket.path, bucket.nbytes, _entries(bucket.entries))
         await self._rpc("rlsys_finish_update")
-
-    async def _load_shared(self, bucket: SharedBucket) -> None:
-        entries = [(e.name, e.dtype, list(e.shape), e.offset) for e in bucket.entries]
-        await self._rpc("rlsys_load_bucket", bucket.path, bucket.nbytes, entries)
 
     async def _rpc(self, method: str, *args: Any) -> list[Any]:
         """By rank of the sampler."""
@@ -196,8 +201,29 @@ def engine_arguments(model_path: str, config: VllmRollout, *, max_length: int, s
         "generation_config": "vllm",
         "trust_remote_code": False,
         "worker_extension_cls": _RECEIVER,
+        "tensor_parallel_size": config.tensor_parallel,
+        "pipeline_parallel_size": config.pipeline_parallel,
     }
+    if sampler_ranks(config) > 1:
+        owned["distributed_executor_backend"] = "mp"
     return {**defaults, **config.engine_args, **memory, **owned}
+
+
+@contextmanager
+def _in_shared_memory(parcel: Parcel) -> Iterator[SharedBucket]:
+    """The parcel where vLLM's processes can map it."""
+    segment = Segment()
+    try:
+        for _ in segment.write(parcel.tensors()):
+            pass
+        yield segment.bucket()
+    finally:
+        segment.release()
+
+
+def _entries(entries: Iterable[Entry]) -> list[tuple[Any, ...]]:
+    """As they go over vLLM's message channel."""
+    return [(e.name, e.dtype, list(e.shape), e.offset) for e in entries]
 
 
 def _piece(fields: Sequence[Any]) -> Piece:

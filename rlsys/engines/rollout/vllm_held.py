@@ -99,7 +99,7 @@ def _row_hashes(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
     return row_hashes(weight)
 
 
-def _subclasses(cls: type) -> Iterator[type]:
+def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
     for sub in cls.__subclasses__():
         yield sub
         yield from _subclasses(sub)

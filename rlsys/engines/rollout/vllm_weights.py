@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from vllm.config import set_current_vllm_config
+from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rlsys.engines.rollout.vllm_held import held_pieces, remember_packed_weights
+from rlsys.engines.sync.broadcast import Listener, Meeting
 from rlsys.engines.sync.buckets import Entry
 from rlsys.engines.sync.shared_memory import SharedBucket
 
@@ -56,6 +58,18 @@ class WeightReceiver:
     vllm_config: Any
     model_config: Any
     model_runner: Any
+    rank: int
+    device: torch.device
+
+    def rlsys_prepare_pipeline(self) -> None:
+        """Makes the buffer that a later stage of a pipeline receives activations in. vLLM makes it while it warms up,
+        which it leaves out where nothing is compiled and the cache's size is given."""
+        runner = self.model_runner
+        if get_pp_group().is_first_rank or runner.intermediate_tensors is not None:
+            return
+        runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+        )
 
     def rlsys_begin_update(self) -> None:
         with torch.no_grad(), set_current_vllm_config(self.vllm_config):
@@ -68,9 +82,17 @@ class WeightReceiver:
             path: the sender's shared memory, as a path that this process can open; nbytes: of it.
             entries: name, dtype, shape and byte offset of each tensor.
         """
-        index = tuple(Entry(name, dtype, tuple(shape), offset) for name, dtype, shape, offset in entries)
         with torch.no_grad(), set_current_vllm_config(self.vllm_config):
-            self.model_runner.get_model().load_weights(SharedBucket(path, nbytes, index).tensors())
+            self.model_runner.get_model().load_weights(SharedBucket(path, nbytes, _index(entries)).tensors())
+
+    def rlsys_join_trainer(self, host: str, port: int, first_rank: int, world_size: int) -> None:
+        """Meets the trainer, and every other rank that will receive its broadcasts."""
+        self.rlsys_listener = Listener(Meeting(host, port, first_rank, world_size), self.rank, self.device)
+
+    def rlsys_receive_broadcast(self, entries: list[tuple[str, str, list[int], int]]) -> None:
+        """Loads what trainer rank 0 broadcasts. entries: name, dtype and shape of each tensor, in its order."""
+        with torch.no_grad(), set_current_vllm_config(self.vllm_config):
+            self.rlsys_listener.receive(_index(entries), self.model_runner.get_model().load_weights)
 
     def rlsys_finish_update(self) -> None:
         model = self.model_runner.get_model()
@@ -82,6 +104,10 @@ class WeightReceiver:
         """The weights that this rank computes with: fields of ``Piece``."""
         with torch.no_grad(), set_current_vllm_config(self.vllm_config):
             return [astuple(p) for p in held_pieces(self.model_runner.get_model(), self.model_config.dtype)]
+
+
+def _index(entries: list[tuple[str, str, list[int], int]]) -> tuple[Entry, ...]:
+    return tuple(Entry(name, dtype, tuple(shape), offset) for name, dtype, shape, offset in entries)
 
 
 def refresh_tied_head(model: torch.nn.Module) -> None:

@@ -1,0 +1,40 @@
+"""Which way weights go from trainer to sampler."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rlsys.config.errors import UserError
+
+Transport = Literal["shared_memory", "object_store", "delta", "nccl"]
+
+
+def choose(wanted: Literal["auto"] | Transport, *, one_host: bool, gpus: bool, vllm: bool) -> Transport:
+    """The transport of a run.
+
+    Args:
+        wanted: ``rollout.sync``. ``auto``: memory on one host, NCCL between the GPUs of several, else the object store.
+        one_host: whether every sampler can open trainer rank 0's memory.
+        gpus: whether trainer and samplers have GPUs.
+        vllm: whether the samplers are vLLM's.
+
+    Raises:
+        UserError: the one asked for cannot act here.
+    """
+    if wanted == "auto":
+        if one_host:
+            return "shared_memory"
+        return "nccl" if gpus and vllm else "object_store"
+    if wanted == "shared_memory" and not one_host:
+        raise UserError(
+            "samplers and trainer rank 0 are not processes of one host, container and user: they share no memory",
+            where="rollout.sync",
+            fix="set rollout.sync=auto, nccl, object_store or delta",
+        )
+    if wanted == "nccl" and not gpus:
+        raise UserError(
+            "NCCL connects GPUs, and there are none",
+            where="rollout.sync",
+            fix="set rollout.sync=auto, object_store or delta",
+        )
+    return wanted

@@ -1,0 +1,169 @@
+"""Weights on their way: what a trainer rank sends, what a sampler's actor opens, and the transport between them.
+
+- ``shared_memory``: rank 0 writes once, samplers on its host map that memory. Rank 0 keeps up to 1 GiB of it.
+- ``object_store``: flat buckets through Ray's object store, fetched one at a time.
+- ``delta``: through the object store, only what changed. Rank 0 keeps a copy of what it sent, each sampler's actor too.
+- ``nccl``: rank 0 broadcasts packed buckets to the samplers' GPUs (``rlsys.engines.sync.broadcast``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+
+from rlsys.batch.versions import WeightVersion
+from rlsys.engines.sync.broadcast import Broadcast
+from rlsys.engines.sync.buckets import Entry, Parcel, pack
+from rlsys.engines.sync.checksum import WeightsChecksum
+from rlsys.engines.sync.delta import DeltaSender, Mirror
+from rlsys.engines.sync.shared_memory import KEPT_BYTES, Segment, SharedBucket, host_identity
+from rlsys.engines.sync.transport import Transport
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where an actor runs. identity: equal where memory can be shared; gpu: whether it has one."""
+
+    identity: str
+    gpu: bool
+
+    @classmethod
+    def here(cls) -> Host:
+        return cls(host_identity(), torch.cuda.is_available())
+
+
+@dataclass(frozen=True)
+class SendRequest:
+    """What the driver asks of the trainer. version: of the weights; base: the version that every sampler holds, where
+    changes to it are enough; None: not known."""
+
+    transport: Transport
+    version: WeightVersion
+    base: WeightVersion | None = None
+
+
+@dataclass(frozen=True)
+class SentWeights:
+    """What the driver hands on. parcels: references of buckets, or where the memory is; checksum: of the weights that
+    were sent; nbytes: of what travels; seconds: that rank 0 spent on each part; index: of what will be broadcast."""
+
+    transport: Transport
+    parcels: list[ray.ObjectRef] | SharedBucket
+    checksum: str
+    nbytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    index: tuple[Entry, ...] = ()
+
+
+@dataclass(frozen=True)
+class TakenWeights:
+    """A sampler's answer: the checksum of what it now computes with, and the seconds that each part took."""
+
+    checksum: str
+    seconds: dict[str, float]
+
+
+class WeightSender:
+    """Rank 0's side, for any transport that the driver asks for."""
+
+    def __init__(self) -> None:
+        self._segment = Segment()
+        self._delta = DeltaSender()
+
+    def send(self, weights: Weights, request: SendRequest) -> SentWeights:
+        """Args: weights: as the engine exports them, CPU tensors in the sampler's dtype."""
+        clock = _Clock()
+        if request.transport == "shared_memory":
+            return self._shared(clock.timed(weights), clock)
+        checksum = WeightsChecksum()
+
+        def checked() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in clock.timed(weights):
+                with clock.part("checksum"):
+                    checksum.add(name, tensor)
+                yield name, tensor
+
+        buckets: Iterable[Any]
+        if request.transport == "delta":
+            buckets = self._delta.encode(checked(), request.version, request.base)
+        else:
+            buckets = pack(checked())
+        refs, nbytes = [], 0
+        for bucket in buckets:
+            nbytes += bucket.nbytes
+            refs.append(ray.put(bucket))
+        return SentWeights(request.transport, refs, checksum.hexdigest(), nbytes, clock.seconds("write"))
+
+    def _shared(self, weights: Weights, clock: _Clock) -> SentWeights:
+        checksum = WeightsChecksum()
+        for name, written in self._segment.write(weights):
+            with clock.part("checksum"):
+                checksum.add(name, written)
+        bucket = self._segment.bucket()
+        return SentWeights("shared_memory", bucket, checksum.hexdigest(), bucket.nbytes, clock.seconds("write"))
+
+    def release(self) -> None:
+        """Called when every sampler has its weights. Little memory is kept for the next update."""
+        if self._segment.bucket().nbytes > KEPT_BYTES:
+            self._segment.release()
+
+
+class WeightIntake:
+    """A sampler's actor's side: opens what the trainer sent."""
+
+    def __init__(self) -> None:
+        self._mirror = Mirror()
+
+    def open(self, sent: SentWeights) -> Iterable[Parcel]:
+        """Parcels for the engine, fetched one at a time: what has been loaded may leave the object store. The engine
+        does not sample meanwhile, so a wait for the next one keeps nobody waiting."""
+        if isinstance(sent.parcels, SharedBucket):
+            return [sent.parcels]
+        if sent.transport == "nccl":
+            return [Broadcast(sent.index)]
+        fetched = (ray.get(ref) for ref in sent.parcels)
+        return [self._mirror.apply(fetched)] if sent.transport == "delta" else fetched
+
+
+class _Clock:
+    """Seconds by part of one send; what is not timed by name is the rest."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._parts: dict[str, float] = {}
+
+    def timed(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        """``weights``; the time until each is there counts as ``gather``."""
+        iterator = iter(weights)
+        while True:
+            with self.part("gather"):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
+
+    def part(self, name: str) -> _Part:
+        return _Part(self._parts, name)
+
+    def seconds(self, rest: str) -> dict[str, float]:
+        """By part; everything else since the beginning under ``rest``."""
+        total = time.perf_counter() - self._began
+        return self._parts | {rest: total - sum(self._parts.values())}
+
+
+class _Part:
+    def __init__(self, parts: dict[str, float], name: str):
+        self._parts, self._name = parts, name
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._parts[self._name] = self._parts.get(self._name, 0.0) + time.perf_counter() - self._began
