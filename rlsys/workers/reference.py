@@ -6,9 +6,10 @@ from rlsys.batch import DataProto
 from rlsys.batch.columns import check_columns
 from rlsys.config.schema import ModelConfig, TrainerConfig
 from rlsys.engines.train.reference import ReferenceEngine
+from rlsys.tracking.meter import Metered
 
 
-class ReferenceWorker:
+class ReferenceWorker(Metered, verbs=("logprobs",)):
     def start(self, model: ModelConfig, trainer: TrainerConfig, *, temperature: float, threads: int) -> None:
         self._engine = ReferenceEngine.load(model, trainer, temperature=temperature, threads=threads)
 

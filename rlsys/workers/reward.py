@@ -17,6 +17,7 @@ from rlsys.replay.hints import HintCounts, TeacherContexts
 from rlsys.rewards.budget import FailureBudget, failure_rows
 from rlsys.rewards.compose import ScoredSample
 from rlsys.rewards.pool import RewardPool
+from rlsys.tracking.meter import Metered
 from rlsys.tracking.rollouts import rollout_row
 
 
@@ -66,7 +67,7 @@ _READS = (
 )
 
 
-class RewardWorker:
+class RewardWorker(Metered, verbs=("score",)):
     """Scores shards. The functions run in processes of their own, each call under its time limit."""
 
     def start(self, model_path: str, config: RewardConfig, settings: ContextSettings | None = None) -> None:
