@@ -29,8 +29,11 @@ def show_error(error: UserError) -> None:
     Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, profile: bool = False) -> int:
     """Runs the command line.
+
+    Args:
+        profile: as ``rlsys profile`` does.
 
     Returns:
         0: finished or stopped cleanly; 1: the run failed; 2: bad input; 130: interrupted by Ctrl-C.
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             refuse_ignored(config, overridden_keys(overrides))
             from rlsys.controller.run import run_job  # torch and Ray only once the configuration is known to be good
 
-            status = run_job(config, overrides)
+            status = run_job(config, overrides, profile=profile)
         except UserError as error:  # caught here, because Hydra prints a line of its own about whatever passes it
             show_error(error)
             status = EXIT_BAD_INPUT

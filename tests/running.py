@@ -71,7 +71,7 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def comparable(folder: Path) -> list[Line]:
     """The run's metrics without those that measure the machine."""
     lines = read_metrics(folder / "metrics.jsonl")
-    measured = ("time/", "throughput/", "memory/")
+    measured = ("time/", "throughput/", "memory/", "share/", "idle/")
     return [{name: value for name, value in line.items() if not name.startswith(measured)} for line in lines]
 
 

@@ -32,6 +32,7 @@ from rlsys.config.schema import RunConfig
 from rlsys.controller import step_state
 from rlsys.controller.collecting import Collector
 from rlsys.controller.metrics import combine_updates, experience_metrics, hint_metrics, mismatch_metrics
+from rlsys.controller.profile import Profile
 from rlsys.data.sampler import PromptStream
 from rlsys.engines.sync.verify import SyncError
 from rlsys.evals.heldout import evaluate
@@ -41,7 +42,9 @@ from rlsys.tracking import alerts
 from rlsys.tracking.collapse import CollapseMonitor
 from rlsys.tracking.display import Display
 from rlsys.tracking.memory import MemoryMonitor
+from rlsys.tracking.meter import Span
 from rlsys.tracking.run import RunFolder
+from rlsys.tracking.throughput import ActorReading, actor_metrics, step_metrics, trained_flops
 from rlsys.tracking.trackers import TrackerSet
 from rlsys.workers.experience import Experience, assign
 from rlsys.workers.groups import CriticGroup, ReferenceGroup, RewardGroup, RolloutGroup, TrainerGroup
@@ -50,6 +53,7 @@ from rlsys.workers.waits import ActorFailed, DeadlineExceeded, StopFlag, gather
 from rlsys.workers.weight_sync import WeightSync
 
 _CRITIC = "critic"  # its folder in a checkpoint
+_READING_S = 10.0  # deadline of what actors say about themselves between two steps
 _UPDATE_GRACE_S = 10.0  # an update that has begun may finish, so that the checkpoint is that of a whole step
 
 
@@ -66,6 +70,10 @@ class Groups:
     reward: RewardGroup
     reference: ReferenceGroup | None
     critic: CriticGroup | None = None
+
+    def present(self) -> list[TrainerGroup | RolloutGroup | RewardGroup | ReferenceGroup]:
+        every = (self.trainer, self.critic, self.rollout, self.reward, self.reference)
+        return [group for group in every if group is not None]
 
 
 @dataclass
@@ -86,6 +94,8 @@ class Job:
     pairs: preference pairs from a file; None: there is none.
     held_out_pairs: of which margin and accuracy are measured at evaluations.
     whole: False while weights and optimiser are between two steps.
+    peak_flops: per second, of all trainer ranks, as measured at the start.
+    profile: collects a trace; None: nobody asked for one.
     """
 
     config: RunConfig
@@ -100,22 +110,30 @@ class Job:
     held_out_pairs: DataProto | None = None
     collapse: CollapseMonitor = field(default_factory=lambda: CollapseMonitor({}))
     whole: bool = True
+    peak_flops: float | None = None
+    profile: Profile | None = None
     _rows: list[list[np.ndarray]] = field(default_factory=list)
     _baselines: np.ndarray | None = None
     _extra: dict[str, Any] = field(default_factory=dict)
     _metrics: dict[str, float] = field(default_factory=dict)
     _seconds: dict[str, float] = field(default_factory=dict)
+    _spans: list[Span] = field(default_factory=list)
     _began: float = 0.0
+    _began_unix: float = 0.0
     _unwritten: tuple[Experience, np.ndarray] | None = None
     _dead_steps: Counter[str] = field(default_factory=Counter)
     _saved_step: int | None = None
+    _weights: WeightSync | None = None
 
     # --- the stages of a step, in the order of the data flow ---
 
     def begin_step(self) -> None:
         # A checkpoint is written after its step's line: its time is in the next one.
         self._seconds = {name: s for name, s in self._seconds.items() if name == "checkpoint"}
+        if self.profile is not None:
+            self.profile.before_step(last=self.state.step + 1 == self.config.steps)
         self._metrics, self._began = {}, time.monotonic()
+        self._spans, self._began_unix = [], time.time()
         self._extra = dict(self.state.extra)
 
     def next_prompts(self) -> DataProto:
@@ -123,7 +141,6 @@ class Job:
             return self.prompts.next_batch()
 
     def collect(self, prompts: DataProto) -> Experience:
-    _weights: WeightSync | None = None
         """Samples, scores and reference log-probs of the step's prompt groups.
 
         Raises:
@@ -141,7 +158,9 @@ class Job:
             self._check_experience,
             self._recorded_rows(),
         )
+        began = time.time()
         experience, self._baselines, metrics = collector.step(prompts)
+        self._spans.append(Span("collect", began, time.time()))
         self._metrics |= metrics | hint_metrics(experience)
         self._seconds |= experience.seconds
         return experience
@@ -306,6 +325,7 @@ class Job:
         metrics = experience_metrics(experience, self.config, step=self.state.step - 1) | self._metrics
         metrics |= {f"time/{name}_s": seconds for name, seconds in self._seconds.items()} | {"time/step_s": step_s}
         metrics["throughput/tokens_per_s"] = metrics["rollout/tokens"] / step_s
+        metrics |= self._read_meters(metrics)
         metrics |= {"version/lineage": self.state.lineage, "version/step": self.state.step}
         metrics["memory/pss_bytes"] = float(self.observers.memory.peak_bytes)
         raised = alerts.check(metrics, mismatch_alarm=self.config.rollout.mismatch_alarm)
@@ -371,9 +391,28 @@ class Job:
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         self.observers.display.phase(name)
-        began = time.monotonic()
+        began, unix = time.monotonic(), time.time()
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - began
+        self._spans.append(Span(name, unix, time.time()))
+
+    def _read_meters(self, metrics: dict[str, float]) -> dict[str, float]:
+        """What the actors measured in this step, as metrics."""
+        calls = [call for group in self.groups.present() for call in group.asks("take_reading")]
+        try:
+            readings = [
+                ActorReading(*_role_and_index(call.payload), reading)
+                for call, reading in zip(calls, gather(calls, phase="readings", seconds=_READING_S), strict=True)
+            ]
+        except (ActorFailed, DeadlineExceeded) as error:  # the run is ending, or the next stage will find it out
+            self.observers.folder.log_event("readings", f"no figures of the actors: {error}", step=self.state.step)
+            return {}
+        now, start = time.time(), self._began_unix
+        found = step_metrics(metrics, self._seconds, ranks_peak=self.peak_flops, flops=trained_flops(readings))
+        if self.profile is not None:
+            last = self.state.step == self.config.steps
+            self.profile.after_step(self.state.step, self._spans, readings, start, last=last)
+        return found | actor_metrics(readings, start, now)
 
     def _log(self, metrics: dict[str, float]) -> None:
         self.observers.folder.log_metrics(metrics, step=self.state.step, lineage=self.state.lineage)
@@ -515,6 +554,11 @@ _NO_INPUT = {
     "preference": "no pair was found (replay.source, replay.min_gap)",
 }
 _WITHOUT = {"policy/hybrid": "leave algorithm.distillation.hybrid out, or look at the rollouts"}
+
+
+def _role_and_index(name: str) -> tuple[str, int]:
+    role, _, index = name.rpartition("_")
+    return role, int(index)
 
 
 def _by_sample(experience: Experience, values: np.ndarray) -> dict[tuple[str, int], float]:

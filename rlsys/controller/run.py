@@ -12,6 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from rlsys.algorithms.requirements import critic_objective, needs_critic, needs_reference, needs_teacher, objective
 from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
@@ -24,6 +26,7 @@ from rlsys.config.schema import RunConfig
 from rlsys.controller.inputs import Inputs, check_inputs
 from rlsys.controller.job import Groups, GuardStop, Job, Observers
 from rlsys.controller.loop import train
+from rlsys.controller.profile import Profile
 from rlsys.controller.resume import Origin, find_origin
 from rlsys.engines.sync.verify import SyncError
 from rlsys.rewards.budget import RewardBudgetExceeded
@@ -45,11 +48,12 @@ FINISHED, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 _EXPECTED = (DeadlineExceeded, ActorFailed, SyncError, RewardBudgetExceeded, GuardStop, UserError)
 
 
-def run_job(config: RunConfig, overrides: Sequence[str] = ()) -> int:
+def run_job(config: RunConfig, overrides: Sequence[str] = (), *, profile: bool = False) -> int:
     """Trains as ``config`` says.
 
     Args:
         overrides: the command line that composed it, for the commands that the user is offered at the end.
+        profile: also write ``trace.json`` and print where the time went.
 
     Returns:
         0: finished; 1: failed; 2: failed on bad input; 130: stopped by Ctrl-C or SIGTERM, its checkpoint written.
@@ -67,7 +71,7 @@ def run_job(config: RunConfig, overrides: Sequence[str] = ()) -> int:
         )
     folder = origin.folder if origin else RunFolder.create(Path(config.run_root), config.name, config)
     try:
-        return _run_in(folder, config, inputs, origin, overrides)
+        return _run_in(folder, config, inputs, origin, overrides, profile)
     except UserError:
         if origin is None and not folder.metrics.exists():  # refused before it began: nothing is left behind
             shutil.rmtree(folder.path)
@@ -75,7 +79,12 @@ def run_job(config: RunConfig, overrides: Sequence[str] = ()) -> int:
 
 
 def _run_in(
-    folder: RunFolder, config: RunConfig, inputs: Inputs, origin: Origin | None, overrides: Sequence[str]
+    folder: RunFolder,
+    config: RunConfig,
+    inputs: Inputs,
+    origin: Origin | None,
+    overrides: Sequence[str],
+    profile: bool,
 ) -> int:
     """The run in its folder, observed. Returns the exit code."""
     first = origin.state.step if origin else 0
@@ -93,8 +102,10 @@ def _run_in(
         stack.callback(display.close)
         folder.log_event("resume" if origin else "start", f"at step {first} of {config.steps}")
         trackers.start(mask(asdict(config)), folder.path)
-        status, reason = _supervise(config, inputs, origin, observers, stop, overrides)
+        status, reason, traced = _supervise(config, inputs, origin, observers, stop, overrides, profile)
         _finish(config, observers, status, reason, overrides)
+        if traced is not None:
+            traced.finish(folder.path, Console(highlight=False))
         return status
 
 
@@ -105,13 +116,16 @@ def _supervise(
     observers: Observers,
     stop: StopFlag,
     overrides: Sequence[str],
-) -> tuple[int, str]:
-    """Runs the job inside its cluster. Returns how it ended, as exit code and words.
+    profile: bool,
+) -> tuple[int, str, Profile | None]:
+    """Runs the job inside its cluster. Returns how it ended, as exit code and words, and the profile if one was asked
+    for.
 
     Raises:
         UserError: the cluster is not there, too small, or would ignore an override.
     """
     status, reason = FINISHED, ""
+    traced: Profile | None = None
     try:
         resumed = origin.state.step if origin else None
         with ExitStack() as stack:
@@ -121,6 +135,8 @@ def _supervise(
             observers.folder.log_event("cluster", found, logs=session.logs)
             groups = stack.enter_context(_groups(config, session, inputs, stop, observers, resumed))
             job = _job(config, inputs, origin, observers, stop, groups)
+            if profile:
+                job.profile = traced = Profile(groups, sampler_ops=config.rollout.engine == "torch")
             try:
                 train(job)
                 if config.checkpoint.export:
@@ -137,7 +153,7 @@ def _supervise(
         status, reason = INTERRUPTED, "stopped on request, before the first step"
     except (DeadlineExceeded, ActorFailed) as error:
         status, reason = FAILED, str(error)
-    return status, reason
+    return status, reason, traced
 
 
 def _sampler_bytes(config: RunConfig, inputs: Inputs) -> int:
@@ -188,6 +204,7 @@ def _job(
         held_out_pairs=inputs.held_out_pairs,
         collapse=CollapseMonitor(config.guards.limits, config.guards.every),
     )
+    job.peak_flops = groups.trainer.measure_peak()
     groups.trainer.set_objective(objective(config))
     if groups.critic is not None:
         groups.critic.set_objective(critic_objective(config))

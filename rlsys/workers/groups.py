@@ -66,6 +66,13 @@ class _Group:
     def _arguments(self, spec: ActorSpec, count: int) -> tuple[Any, ...]:
         return ()
 
+    def asks(self, method: str, **arguments: Any) -> list[Call]:
+        """One call an actor of what every worker answers (``take_reading``, ``clock``); payload: ``ROLE_INDEX``."""
+        return [
+            a.call(method, what=method.replace("_", " "), payload=f"{a.spec.role}_{a.spec.index}", **arguments)
+            for a in self._actors
+        ]
+
     def _gather(self, calls: list[Call], phase: str, *, stop: bool = True) -> list[Any]:
         return gather(calls, phase=phase, seconds=getattr(self._deadlines, phase), stop=self._stop if stop else None)
 
@@ -88,18 +95,18 @@ class RolloutGroup(_Group):
         super().__init__(placement, deadlines, stop, max_concurrency=1000)
         self._sampler_checksum: str | None = None
         self._sender_checksum: str | None = None
+        self._broadcast_index: list[Entry] | None = None
+        self._ranks_per_sampler = 1
 
     def starting(self, config: RunConfig, max_length: int) -> list[Call]:
+        self._ranks_per_sampler = sampler_ranks(config.rollout)
         return [
             a.call(
                 "start",
                 config.model.path,
                 config.rollout,
-        self._broadcast_index: list[Entry] | None = None
-        self._ranks_per_sampler = 1
                 max_length=max_length,
                 seed=config.seed,
-        self._ranks_per_sampler = sampler_ranks(config.rollout)
                 threads=a.spec.threads,
                 what="loading the sampler",
             )
@@ -165,7 +172,7 @@ class RolloutGroup(_Group):
                 sender_before=self._sender_checksum,
                 sender_after=sent.checksum,
                 sampler_before=self._sampler_checksum,
-                sampler_after=sampler,
+                sampler_after=answer.checksum,
                 sampler=call.actor,
             )
         self._sender_checksum = self._sampler_checksum = sent.checksum
@@ -281,6 +288,10 @@ class TrainerGroup(_Group):
                 where="run_root",
                 fix=f"set run_root to a folder that every node has, instead of {folder.parent}",
             )
+
+    def measure_peak(self) -> float:
+        """FLOP/s of matrix products, all ranks at once."""
+        return sum(self._all("measure_peak", phase="start", what="its fastest matrix product"))
 
     def set_objective(self, objective: Objective) -> None:
         self._all("set_objective", objective, phase="start", what="the objective")

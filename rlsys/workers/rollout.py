@@ -17,6 +17,7 @@ from rlsys.engines.rollout import RolloutEngine, start_engine
 from rlsys.engines.sync.broadcast import Meeting
 from rlsys.environments.base import ENVIRONMENTS, Environment
 from rlsys.environments.play import SamplingSettings, play_group, trajectories_to_batch
+from rlsys.tracking.meter import Metered
 from rlsys.workers.weights import Host, SentWeights, TakenWeights, WeightIntake
 
 
@@ -56,7 +57,7 @@ class RolloutSummary:
         return len(self.uids)
 
 
-class RolloutWorker:
+class RolloutWorker(Metered, verbs=("generate", "update_weights")):
     """One sampler. All methods are coroutines of one event loop, so shards and environments overlap."""
 
     async def start(self, model_path: str, config: RolloutConfig, *, max_length: int, seed: int, threads: int) -> None:

@@ -24,11 +24,13 @@ from rlsys.batch.columns import check_columns
 from rlsys.batch.versions import WeightVersion
 from rlsys.checkpoint.export import export_hf
 from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
+from rlsys.engines.flops import ModelFlops, matmul_peak
 from rlsys.engines.sync.broadcast import Broadcaster, Meeting
 from rlsys.engines.sync.buckets import Entry
 from rlsys.engines.train import TrainEngine, init_process_group, load_engine
-from rlsys.engines.train.collectives import Ranks
+from rlsys.engines.train.collectives import Ranks, training_device
 from rlsys.replay.pairs import join_pairs, pairs_from_groups, reference_view, with_reference
+from rlsys.tracking.meter import Metered
 from rlsys.workers.weights import Host, SendRequest, SentWeights, WeightSender
 
 _READS = ("prompt_ids", "response_ids", "response_mask", "rollout_logprobs")
@@ -77,13 +79,28 @@ class AdvantageSummary:
     metrics: dict[str, float]
 
 
-class TrainerWorker:
+_VERBS = (
+    "load_batch",
+    "forward",
+    "values",
+    "token_advantages",
+    "forward_backward",
+    "optim_step",
+    "export_weights",
+    "pair_margins",
+    "save_state",
+    "load_state",
+)
+
+
+class TrainerWorker(Metered, verbs=_VERBS):
     """One trainer rank. Every rank of a group is called with the same verb at the same time."""
 
     def __init__(self, rank: int, world_size: int):
         self._rank, self._world_size = rank, world_size
         self._updates: list[DataProto] = []
         self._bypass = False
+        self._sender = WeightSender()
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 can be met: this node's address and a port that is free now."""
@@ -98,7 +115,6 @@ class TrainerWorker:
         trainer: TrainerConfig,
         *,
         temperature: float,
-        self._sender = WeightSender()
         total_steps: int,
         seed: int,
         threads: int,
@@ -127,7 +143,16 @@ class TrainerWorker:
             distillation=distillation,
             critic=critic,
         )
+        from transformers import AutoConfig  # takes seconds, and the driver reads this module
+
+        self._dtype: torch.dtype = getattr(torch, model.dtype)
+        config = AutoConfig.from_pretrained(model.path)
+        self._flops = ModelFlops.of(config, self._engine.parameter_count, value_head=critic)
         return self._engine.parameter_count
+
+    def measure_peak(self) -> float:
+        """FLOP/s of a matrix product in the dtype of the forward pass, while the other ranks do the same."""
+        return matmul_peak(self._dtype, training_device())
 
     def sees(self, path: str) -> bool:
         """Whether this rank's node has the file."""
@@ -313,6 +338,7 @@ class TrainerWorker:
                 batch.batch[name] = jagged.from_values(spread, lengths)
             check_columns(batch, (*_sequence_columns(objective), *objective.reads), "objective")
         found = self._engine.forward_backward(batch, objective, channel_gradients=channel_gradients)
+        self.meter.count("flops", _flops(self._flops, batch, objective))
         return _named(found)
 
     def optim_step(self) -> dict[str, float]:
@@ -357,7 +383,7 @@ class TrainerWorker:
         """Rank 0 broadcasts the weights that ``index`` lists; every sampler receives meanwhile. Others: None."""
         weights = self._engine.export_weights(getattr(torch, dtype))
         if self._rank:
-            for _ in weights:  # the gathers are collective
+            for _ in weights:
                 pass
             return None
         checksum, nbytes, seconds = self._broadcaster.send(weights, index)
@@ -380,6 +406,21 @@ class TrainerWorker:
 
     def close(self) -> None:
         torch.distributed.destroy_process_group()
+
+
+def _flops(model: ModelFlops, batch: DataProto, objective: Objective) -> float:
+    """Of the policy's forward and backward pass over every sequence of these rows that the objective needs."""
+    if not len(batch):
+        return 0.0
+    total, columns = 0.0, batch.batch
+    if "response" in objective.sequences:
+        lengths = jagged.lengths(columns["prompt_ids"]) + jagged.lengths(columns["response_ids"])
+        scored = int(jagged.values(columns["response_mask"]).sum())
+        total += model.training(lengths, scored)
+    for side in {"chosen", "rejected"}.intersection(objective.sequences):
+        scored = int(jagged.values(columns[f"{side}_mask"]).sum())
+        total += model.training(jagged.lengths(columns[f"{side}_ids"]), scored)
+    return total
 
 
 def _sequence_columns(objective: Objective) -> tuple[str, ...]:
