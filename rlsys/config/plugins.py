@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 import pkgutil
 import typing
 from collections.abc import Callable
@@ -114,7 +115,7 @@ def check_options(function: Callable[..., Any], options: dict[str, Any], *, wher
         where: config key of the options, for error messages.
 
     Raises:
-        UserError: an option that ``function`` does not take (naming the nearest one) or of another type.
+        UserError: an option that ``function`` does not take (naming the nearest one), of another type, or not finite.
     """
     parameters = inspect.signature(function).parameters.values()
     given = reads_of(function)
@@ -142,6 +143,8 @@ def _check_types(function: Callable[..., Any], options: dict[str, Any], where: s
     except (NameError, TypeError, AttributeError):
         return
     for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"option '{name}' must be a finite number, not {value}", where=f"{where}.{name}")
         try:
             if name in hints:
                 TypeAdapter(hints[name]).validate_python(value, strict=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
 from rlsys.algorithms.advantages import ADVANTAGES, compares_in_group
 from rlsys.algorithms.groups import group_sizes, normalized
@@ -23,7 +24,7 @@ def gdpo(
     scores: dict[str, torch.Tensor],
     weights: dict[str, float],
     lengths: torch.Tensor,
-    eps: float = 1e-6,
+    eps: Annotated[float, Field(gt=0)] = 1e-6,
     batch: Literal["samples", "tokens", "none"] = "samples",
 ) -> torch.Tensor:
     """Σ_k w_k · (R_k − mean of the group) / (std of the group + eps), then normalised over the batch.

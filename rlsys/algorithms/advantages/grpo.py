@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
 from rlsys.algorithms.advantages import ADVANTAGES, compares_in_group
 from rlsys.algorithms.groups import centered, group_sizes, group_std, group_sums
@@ -20,7 +21,7 @@ def grpo(
     groups: torch.Tensor,
     *,
     std: Std | None = None,
-    eps: float | None = None,
+    eps: Annotated[float, Field(gt=0)] | None = None,
     leave_one_out: bool = False,
     length_unbiased: bool = False,
     weighting: Literal["none", "variance"] = "none",
@@ -33,7 +34,8 @@ def grpo(
         std: ``sample`` (the default) is the group's with n − 1 (verl, TRL, OpenRLHF), ``population`` with n, ``batch``
             that of all rewards of the batch with n − 1 (TRL's scale_rewards="batch"), ``others`` that of the group's
             other samples with n − 2, where 0 leaves the division out (NeMo-RL's leave-one-out), ``none`` leaves it out.
-        eps: added to the standard deviation; 1e-6 by default (verl; TRL: 1e-4, OpenRLHF: 1e-9); ``others`` takes none.
+        eps: added to the standard deviation, and more than 0: a group of equal rewards has none; 1e-6 by default (verl;
+            TRL: 1e-4, OpenRLHF: 1e-9); ``others`` takes none.
         leave_one_out: the baseline is the mean of the group's other samples (arXiv 2402.14740), and the division is
             as ``std`` says.
         length_unbiased: Dr. GRPO's correction (arXiv 2503.20783) as far as it concerns the advantage: R − baseline

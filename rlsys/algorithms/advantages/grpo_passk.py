@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 
 from rlsys.algorithms.advantages import ADVANTAGES, compares_in_group
 from rlsys.algorithms.groups import centered, group_std
@@ -11,7 +14,7 @@ from rlsys.algorithms.groups import centered, group_std
 @ADVANTAGES.register("grpo_passk")
 @compares_in_group
 def grpo_passk(
-    rewards: torch.Tensor, groups: torch.Tensor, *, normalize: bool = True, eps: float = 1e-6
+    rewards: torch.Tensor, groups: torch.Tensor, *, normalize: bool = True, eps: Annotated[float, Field(gt=0)] = 1e-6
 ) -> torch.Tensor:
     """(best − second best reward of the group) / (std + eps) for the best sample, 0 for all others.
 

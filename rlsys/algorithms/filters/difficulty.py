@@ -32,7 +32,7 @@ def difficulty(
         UserError: no mean lies between the bounds, or there are none.
     """
     bottom, top = -torch.inf if low is None else low, torch.inf if high is None else high
-    if bottom >= top or (low is None and high is None):
+    if not bottom < top or (low is None and high is None):
         raise UserError(
             f"between low={low} and high={high} lies " + ("everything" if low is None and high is None else "nothing"),
             where="algorithm.filters.difficulty",

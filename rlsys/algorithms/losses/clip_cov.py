@@ -10,7 +10,7 @@ from rlsys.algorithms.collective import Collective
 from rlsys.algorithms.losses import POLICY_LOSSES, PolicyLoss, prepares
 from rlsys.algorithms.losses.covariance import covariances
 from rlsys.algorithms.losses.ppo_clip import ppo_clip
-from rlsys.algorithms.losses.surrogate import require_positive, same_shape
+from rlsys.algorithms.losses.surrogate import require_fraction, require_positive, same_shape
 from rlsys.config.errors import UserError
 from rlsys.config.plugins import reads
 
@@ -77,6 +77,7 @@ def clip_cov(
         ValueError: shapes disagree.
     """
     require_positive(cov_ratio=cov_ratio)
+    require_fraction(cov_ratio=cov_ratio)
     if not cov_low < cov_high:
         raise UserError(f"no covariance lies between {cov_low} and {cov_high}", where="algorithm.loss_options.cov_low")
     selected = prepared["detached"]

@@ -9,6 +9,7 @@ from rlsys.algorithms.losses.surrogate import (
     masked_log_ratio,
     ratio_maxima,
     ratio_sums,
+    require_fraction,
     require_positive,
     same_shape,
 )
@@ -54,7 +55,8 @@ def dppo_tv(
         UserError: an option is out of its range.
         ValueError: shapes disagree.
     """
-    require_positive(mask_low=mask_low, mask_high=mask_high, adv_tau=adv_tau, kl_tau=kl_tau, zero=True)
+    require_fraction(mask_low=mask_low, mask_high=mask_high)
+    require_positive(adv_tau=adv_tau, kl_tau=kl_tau, zero=True)
     if ratio_cap is not None:
         require_positive(ratio_cap=ratio_cap)
     same_shape(logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask, rollout_logprobs=rollout_logprobs)

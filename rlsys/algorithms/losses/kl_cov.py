@@ -13,6 +13,7 @@ from rlsys.algorithms.losses.surrogate import (
     masked_log_ratio,
     ratio_maxima,
     ratio_sums,
+    require_fraction,
     require_positive,
     same_shape,
 )
@@ -75,6 +76,7 @@ def kl_cov(
         ValueError: shapes disagree.
     """
     require_positive(cov_ratio=cov_ratio, kl_coef=kl_coef)
+    require_fraction(cov_ratio=cov_ratio)
     selected = prepared["held"]
     same_shape(logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask, held=selected)
     log_ratio = masked_log_ratio(logprobs, old_logprobs, mask)

@@ -54,6 +54,15 @@ def ratio_maxima(log_ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return {"ratio_max": ratio.masked_fill(~mask, 0.0).flatten().amax() if ratio.numel() else ratio.new_zeros(())}
 
 
+def require_fraction(**options: float) -> None:
+    """Raises:
+    UserError: an option is not in 0 … 1.
+    """
+    for name, value in options.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} must lie in 0 … 1, not at {value}", where=f"algorithm.loss_options.{name}")
+
+
 def require_positive(*, zero: bool = False, **options: float) -> None:
     """Raises:
     UserError: an option is not more than 0 (``zero``: not at least 0).
