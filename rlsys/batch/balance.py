@@ -85,6 +85,48 @@ def micro_batches(lengths: Sequence[int], token_budget: int, sequences: Sequence
     return batches[::-1]
 
 
+def packed_batches(tokens: Sequence[int], token_budget: int, parts: int | None = None) -> list[list[int]]:
+    """Cuts rows that are laid end to end into micro-batches of at most ``token_budget`` tokens and nearly equal size.
+
+    The longest rows first, each to the micro-batch with the fewest tokens (Graham 1969): the fullest exceeds the mean
+    by less than its last row, which bounds what ranks wait for each other. Until they fit, one more is tried.
+
+    Args:
+        tokens: of each row, all its sequences together.
+        token_budget: most tokens of a micro-batch.
+        parts: fewest micro-batches; None: as few as fit. There may be fewer rows, and then fewer micro-batches.
+
+    Returns:
+        Lists of row indices, ascending; the fullest micro-batch is first: a lack of memory shows at once.
+
+    Raises:
+        UserError: a row has more tokens than the budget.
+    """
+    if not len(tokens):
+        return []
+    largest = max(range(len(tokens)), key=tokens.__getitem__)
+    if tokens[largest] > token_budget:
+        raise UserError(
+            f"row {largest} has {tokens[largest]} tokens, a micro-batch may have {token_budget}",
+            where="trainer.micro_batch_tokens",
+            fix=f"set trainer.micro_batch_tokens={tokens[largest]} or more",
+        )
+    order = sorted(range(len(tokens)), key=lambda row: -tokens[row])
+    count = max(-(-sum(tokens) // token_budget), parts or 1, 1)
+    while True:
+        heap = [(0, part) for part in range(count)]
+        batches: list[list[int]] = [[] for _ in range(count)]
+        for row in order:
+            size, part = heap[0]
+            heapq.heapreplace(heap, (size + tokens[row], part))
+            batches[part].append(row)
+        if max(size for size, _ in heap) <= token_budget:
+            sizes = {part: size for size, part in heap}
+            filled = sorted((part for part in range(count) if batches[part]), key=lambda part: -sizes[part])
+            return [sorted(batches[part]) for part in filled]
+        count += 1
+
+
 def _best_starts(padded: np.ndarray, before: np.ndarray, reach: np.ndarray) -> np.ndarray:
     """[n + 1] where the last micro-batch of the best cut of the first i rows starts.
 

@@ -134,6 +134,11 @@ _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
         (f"trainer.critic.{key}", _no_critic, "only algorithm.advantage=gae has a critic")
         for key in ("path", "lr", "value_clip", "warmup_steps")
     ),
+    (
+        "trainer.share_prompts",
+        lambda c: not c.trainer.packing,
+        "only packed rows share a prompt: set trainer.packing=true",
+    ),
     ("trainer.critic.value_clip", lambda c: c.trainer.updates_per_step == 1, _CLIPS),
     *(
         (f"algorithm.distillation.{key}", _no_distillation, _NO_CHANNEL.format("algorithm.distillation"))

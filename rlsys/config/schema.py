@@ -31,13 +31,14 @@ class ModelConfig:
 
     path: a Hugging Face folder, a hub id, or ``bundled:NAME`` for a checkpoint that ships with rlsys.
     dtype: of the trainer's and the reference's forward pass; master weights and optimiser are float32.
-    attention: transformers' attention implementation.
+    attention: back end of the attention: flash-attn, torch's ``varlen`` or ``flex`` attention (all on a GPU), ``sdpa``,
+        or ``eager``: plain matrix products. ``auto``: the first of those that works for the model where it runs.
     chat_template: path of a Jinja file; null: the tokenizer's own.
     """
 
     path: str
     dtype: Dtype = "float32"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["auto", "flash", "varlen", "flex", "sdpa", "eager"] = "auto"
     chat_template: str | None = None
 
 
@@ -176,9 +177,9 @@ class _Rollout:
     stop_token_ids: token ids that end a response.
     workers: number of RolloutWorker actors.
     dtype: of the sampler's weights.
-    environment: name or import path of the environment that a prompt is played in.
     sync: how new weights reach the samplers. ``auto``: memory that they share on one host, NCCL between the GPUs of
         several, else the object store; ``delta``: through the object store, only what changed.
+    environment: name or import path of the environment that a prompt is played in.
     mismatch_alarm: mean absolute log-prob difference between sampler and trainer above which an alarm is raised.
     """
 
@@ -188,8 +189,8 @@ class _Rollout:
     stop_token_ids: list[Integer] = field(default_factory=list)
     workers: Positive = 1
     dtype: Dtype = "float32"
-    environment: str = "single_turn"
     sync: Literal["auto", "shared_memory", "object_store", "nccl", "delta"] = "auto"
+    environment: str = "single_turn"
     mismatch_alarm: PositiveFloat = 0.05
 
 
@@ -200,9 +201,9 @@ class VllmRollout(_Rollout):
     kv_cache_gib: size of the KV cache on a CPU.
     gpu_memory_fraction: of the GPU's memory, for weights and KV cache.
     max_concurrent: sequences that the engine decodes at once.
-    enforce_eager: no graph capture or compilation (faster start, slower decoding on a GPU).
     tensor_parallel, pipeline_parallel: GPUs (processes, on a CPU) that each layer, and the stack of layers, of one
         sampler is cut over.
+    enforce_eager: no graph capture or compilation (faster start, slower decoding on a GPU).
     engine_args: passed to vLLM's engine arguments as they are, checked against their names.
     """
 
@@ -210,9 +211,9 @@ class VllmRollout(_Rollout):
     kv_cache_gib: PositiveFloat = 1.0
     gpu_memory_fraction: Fraction = 0.5
     max_concurrent: Positive = 256
-    enforce_eager: Flag = True
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1
+    enforce_eager: Flag = True
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -250,23 +251,35 @@ class CriticConfig:
 class TrainerConfig:
     """The optimiser and how the batch is cut.
 
-    backend: ``fsdp``: FSDP2 (``fully_shard``).
+    backend: ``fsdp``: FSDP2 (``fully_shard``); ``zero3``: DeepSpeed ZeRO-3.
     ranks: trainer processes; null: one a GPU, or one on a CPU.
+    shard_ranks: weights are spread over so many ranks and replicated across the others (fsdp); null: over all.
+    offload: what lies in main memory between its uses: ``optimizer``: float32 weights and moments (zero3);
+        ``all``: the gathered weights' slices and gradients too.
     micro_batch_tokens: most tokens (padding included) in one forward and backward pass of a rank.
     updates_per_step: optimiser steps that a step's prompt groups are divided over; 1 is strictly on-policy.
     logprob_chunk_tokens: most tokens whose logits exist at once, for a block of words; null: measured best.
-    activation_checkpointing: recompute each layer's activations in the backward pass.
+    activations: of each layer until the backward pass: ``keep`` them, ``recompute`` them then, or ``offload`` them to
+        main memory (GPU).
+    packing: a micro-batch is one row of sequences end to end, without padding; false: rows padded to the longest.
+    share_prompts: the prompt of a group is computed once for all its responses in a micro-batch (needs packing).
+    compile: decoder layers are compiled with torch.compile.
     lr, betas, eps, weight_decay: AdamW; biases, norms, embeddings and anything below two dimensions do not decay.
     max_grad_norm: global gradient norm is clipped to this.
     schedule: shape of the learning rate over the run's optimiser steps; warmup_steps in optimiser steps.
     """
 
-    backend: Literal["fsdp"] = "fsdp"
+    backend: Literal["fsdp", "zero3"] = "fsdp"
     ranks: Positive | None = None
+    shard_ranks: Positive | None = None
+    offload: Literal["none", "optimizer", "all"] = "none"
     micro_batch_tokens: Positive = 8192
     updates_per_step: Positive = 1
     logprob_chunk_tokens: Positive | None = None
-    activation_checkpointing: Flag = False
+    activations: Literal["keep", "recompute", "offload"] = "keep"
+    packing: Flag = True
+    share_prompts: Flag = False
+    compile: Flag = False
     lr: PositiveFloat = 1e-6
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999

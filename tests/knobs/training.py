@@ -15,7 +15,7 @@ from knobs.table import Actors, Bench, entry, updating_trainer
 from rlsys.algorithms.channels import PolicyGradient
 from rlsys.algorithms.mismatch import mismatch_sums
 from rlsys.algorithms.objective import Objective
-from rlsys.batch import jagged
+from rlsys.batch import DataProto, jagged
 from rlsys.cluster.placement import plan
 from rlsys.config.schema import AlgorithmConfig, KLConfig, ModelConfig, TrainerConfig
 from rlsys.controller.job import Job
@@ -84,8 +84,8 @@ def model_dtype(bench: Bench) -> None:
 @entry("model.attention")
 def attention(bench: Bench) -> None:
     with process_group():
-        used = [engine(bench, attention=name)._model.lm.config._attn_implementation for name in ("sdpa", "eager")]
-    assert used == ["sdpa", "eager"]
+        used = [engine(bench, attention=name)._model.lm.config._attn_implementation for name in ("auto", "eager")]
+    assert used == ["rlsys_sdpa", "rlsys_eager"]
 
 
 @entry("trainer.backend")
@@ -139,11 +139,38 @@ def logprob_chunk_tokens(bench: Bench) -> None:
     assert most(16) == 16
 
 
-@entry("trainer.activation_checkpointing")
-def activation_checkpointing(bench: Bench) -> None:
+@entry("trainer.activations")
+def activations(bench: Bench) -> None:
     with process_group():
-        on = [engine(bench, replace(TRAINER, activation_checkpointing=v))._model.lm for v in (False, True)]
+        on = [engine(bench, replace(TRAINER, activations=v))._model.lm for v in ("keep", "recompute")]
     assert [lm.is_gradient_checkpointing and lm.training for lm in on] == [False, True]
+
+
+@entry("trainer.packing", "trainer.share_prompts")
+def packing(bench: Bench) -> None:
+    """Tokens and shape of the one micro-batch of a group."""
+
+    def seen(**leaves: bool) -> tuple[int, ...]:
+        made = engine(bench, replace(TRAINER, micro_batch_tokens=1000, **leaves))
+        group = DataProto.from_dict(tensors={
+            "prompt_ids": jagged.from_values(torch.ones(8, dtype=torch.int64), torch.tensor([4, 4])),
+            "response_ids": jagged.from_values(torch.ones(8, dtype=torch.int64), torch.tensor([3, 5])),
+            "response_mask": jagged.from_values(torch.ones(8, dtype=torch.bool), torch.tensor([3, 5])),
+        })  # fmt: skip
+        (micro,) = made._rows(group).cut(1, torch.device("cpu"))
+        return tuple(micro.input_ids.shape)
+
+    with process_group():
+        assert seen(packing=False) == (2, 8)
+        assert seen() == (1, 6 + 8)
+        assert seen(share_prompts=True) == (1, 4 + 2 + 4)
+
+
+@entry("trainer.compile")
+def compiled(bench: Bench) -> None:
+    with process_group():
+        layers = [engine(bench, replace(TRAINER, compile=v))._model.lm.base_model.layers[0] for v in (False, True)]
+    assert ["_torchdynamo_orig_callable" in vars(layer.forward) for layer in layers] == [False, True]
 
 
 @entry("trainer.updates_per_step", "algorithm.old_logprobs")

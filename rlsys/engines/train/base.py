@@ -7,9 +7,9 @@ over the ranks and stepped: ``ShardedModel`` and ``TrainedModel``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -52,7 +52,8 @@ class TrainEngine(Protocol):
 
         Returns:
             Metrics, reduced over ranks (the same on every rank): ``loss``; each channel's, prefixed by its name;
-            ``tokens`` (prompt and response), ``padding_fraction``, ``micro_batches`` (of a rank).
+            ``tokens`` (prompt and response), ``micro_batches`` (of a rank), ``padding_fraction`` (of the inputs) and
+            ``waste_fraction`` (padding, and what ranks with less in a micro-batch waited for).
         """
         ...
 
@@ -99,8 +100,13 @@ class ShardedModel(Protocol):
 
 
 class TrainedModel(ShardedModel, Protocol):
-    """A sharded model with its gradient and AdamW. parameter_count: of the whole, tied weights once."""
+    """A sharded model with its gradient and AdamW.
 
+    run: the model's forward pass, where a backward pass may follow.
+    parameter_count: of the whole, tied weights once.
+    """
+
+    run: Callable[..., Any]
     parameter_count: int
 
     def backward(self, loss: torch.Tensor) -> None:

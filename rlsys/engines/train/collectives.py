@@ -61,6 +61,29 @@ class Ranks:
         return self.sum(counts)
 
 
+class Slots:
+    """What micro-batches compute, beside what they are about."""
+
+    def __init__(self) -> None:
+        self._areas: list[float] = []
+        self._tokens = 0
+
+    def add(self, area: int, tokens: int) -> None:
+        """A micro-batch's inputs with and without padding. Every rank adds as many micro-batches."""
+        self._areas.append(float(area))
+        self._tokens += tokens
+
+    def reduce(self) -> dict[str, float]:
+        """Over all ranks. ``padding_fraction``: of the inputs that were computed. ``waste_fraction``: of those that
+        could have been: padding, and what a rank did not compute while it waited for the fullest one."""
+        *areas, tokens = reduce_floats([*self._areas, self._tokens], dist.ReduceOp.SUM)
+        slots = sum(reduce_floats(self._areas, dist.ReduceOp.MAX)) * dist.get_world_size()
+        return {
+            "padding_fraction": 1 - tokens / sum(areas) if tokens else 0.0,
+            "waste_fraction": 1 - tokens / slots if tokens else 0.0,
+        }
+
+
 class Meter:
     """Metrics of one pass over a batch: added up over micro-batches on the device, reduced over ranks once."""
 

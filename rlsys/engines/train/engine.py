@@ -16,8 +16,10 @@ from rlsys.algorithms.schedules import multiplier
 from rlsys.batch import DataProto, jagged
 from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
 from rlsys.engines.train import state
+from rlsys.engines.train.attention import packs
 from rlsys.engines.train.base import ShardedModel, TrainedModel
-from rlsys.engines.train.collectives import Meter, Ranks, reduce_floats, training_device
+from rlsys.engines.train.collectives import Meter, Ranks, Slots, reduce_floats, training_device
+from rlsys.engines.train.layers import prepare_layers
 from rlsys.engines.train.model import PolicyModel, ValueModel, context_length, load_causal_lm
 from rlsys.engines.train.rows import MicroBatch, RankRows
 from rlsys.engines.train.teacher import Teacher
@@ -89,11 +91,9 @@ class ShardedEngine(ABC):
         Raises:
             UserError: the model cannot be used (see ``rlsys.engines.train.model``), or not in this way.
         """
-        lm = load_causal_lm(model, torch.float32)
+        lm = load_causal_lm(model, torch.float32, packing=trainer.packing)
         max_length, dtype = context_length(lm), getattr(torch, model.dtype)
-        if trainer.activation_checkpointing:
-            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            lm.train()  # transformers recomputes in training mode only; there is no dropout that it would switch on
+        prepare_layers(lm, trainer, training_device())
         if critic:
             values = cls.train(ValueModel(lm), trainer, dtype)
             return cls(values, trainer, max_length=max_length, total_steps=total_steps, seed=seed)
@@ -140,43 +140,36 @@ class ShardedEngine(ABC):
         else:
             metrics = self._accumulate(rows, objective, prepared, count)
         self._finite = self._finite and math.isfinite(metrics["loss"])
-        area = float(metrics.pop("area"))
-        tokens, inputs = reduce_floats([rows.total, rows.num_inputs], dist.ReduceOp.SUM)
-        return metrics | {
-            "tokens": tokens,
-            "padding_fraction": 1 - inputs / area if area else 0.0,
-            "micro_batches": float(count),
-        }
+        (tokens,) = reduce_floats([rows.total], dist.ReduceOp.SUM)
+        return metrics | {"tokens": tokens, "micro_batches": float(count)}
 
     def _accumulate(
         self, rows: RankRows, objective: Objective, prepared: dict[str, Prepared], count: int
     ) -> dict[str, float]:
-        """One pass over the rows; the gradient is added up in the parameters. Returns metrics, and ``area``: tokens of
-        the padded inputs."""
-        meter, area = Meter(), 0
+        """One pass over the rows; the gradient is added up in the parameters."""
+        meter, slots = Meter(), Slots()
         for micro in rows.cut(count, self._device):
             output = self._run(micro, objective)
             result = objective.loss(micro.response, output, prepared, micro.token_index)
             # The sum over an empty micro-batch is 0 and ties the loss to the model whatever the channels read.
             self._trained.backward(result.loss + _tie(output))
             meter.add(result)
-            area += micro.input_ids.numel() + (micro.teacher.input_ids.numel() if micro.teacher is not None else 0)
+            slots.add(micro.area, micro.tokens)
         if self._teacher is not None:
             self._teacher.release()
-        return meter.reduce() | {"area": reduce_floats([area], dist.ReduceOp.SUM)[0]}
+        return meter.reduce() | slots.reduce()
 
     def _channel_by_channel(
         self, rows: RankRows, objective: Objective, prepared: dict[str, Prepared], count: int
     ) -> dict[str, float]:
         """A pass for each channel, so that the norm of its own gradient can be read; the sum is the same."""
-        metrics = {"loss": 0.0, "area": 0.0}
+        metrics = {"loss": 0.0}
         total = {name: shard.local.clone() for name, shard in self._trained.gradient().items()}
         for channel in objective.live:
             self._trained.drop_gradient()
             found = self._accumulate(rows, objective.only(channel), prepared, count)
-            metrics |= {name: value for name, value in found.items() if name not in ("loss", "area")}
+            metrics |= {name: value for name, value in found.items() if name != "loss"}
             metrics["loss"] += found["loss"]
-            metrics["area"] = found["area"]  # of one pass
             metrics[f"{channel}/grad_norm"] = self._grad_norm()
             for name, shard in self._trained.gradient().items():
                 total[name] = total[name] + shard.local if name in total else shard.local.clone()
@@ -236,19 +229,22 @@ class ShardedEngine(ABC):
 
     def _rows(self, batch: DataProto, objective: Objective | None = None) -> RankRows:
         wanted = {} if objective is None else {
-            "sequences": objective.sequences, "teacher": objective.divergence is not None
+            "sequences": objective.sequences, "teacher": objective.divergence is not None,
+            "pack_teacher": self._teacher is not None and self._teacher.packs,
         }  # fmt: skip
         return RankRows(
             batch,
             () if objective is None else objective.reads,
             max_length=self._max_length,
             token_budget=self._trainer.micro_batch_tokens,
+            packing=packs(self._model.lm),
+            share_prompts=self._trainer.share_prompts,
             **wanted,  # type: ignore[arg-type]
         )
 
     def _run(self, micro: MicroBatch, objective: Objective | None = None) -> ForwardOutput:
         if isinstance(self._model, ValueModel):
-            values = micro.spread(self._trained.run(micro.input_ids, micro.positions))
+            values = micro.spread(self._trained.run(micro.input_ids, micro.positions, micro.packing))
             return ForwardOutput(torch.zeros_like(values), torch.zeros_like(values), values=values)
         entropy_gradient = objective is not None and objective.entropy_gradient
         inputs = None
@@ -256,7 +252,9 @@ class ShardedEngine(ABC):
             if self._teacher is None or micro.teacher is None:
                 raise RuntimeError("the objective asks for a teacher, and the engine was loaded without one")
             inputs = self._teacher.look(micro.teacher, objective.divergence)
-        output = self._trained.run(micro.input_ids, micro.positions, micro.targets, entropy_gradient, inputs)
+        output = self._trained.run(
+            micro.input_ids, micro.positions, micro.targets, entropy_gradient, inputs, packing=micro.packing
+        )
         pairs = {side: micro.spread(output.logprobs, side) for side in micro.scored if side != "response"}
         teacher = None
         if inputs is not None:

@@ -17,6 +17,8 @@ from rlsys.algorithms.logprobs import token_logprobs
 from rlsys.algorithms.objective import DivergencePass
 from rlsys.config.errors import UserError
 from rlsys.config.schema import ModelConfig
+from rlsys.engines.train.attention import Packing, set_attention
+from rlsys.engines.train.collectives import training_device
 
 PREFIX = "lm."  # of the language model's parameter names inside PolicyModel and ValueModel
 
@@ -63,23 +65,25 @@ class PolicyModel(nn.Module):
         targets: torch.Tensor | None,
         entropy_gradient: bool = False,
         teacher: TeacherInputs | None = None,
+        packing: Packing | None = None,
     ) -> PolicyOutput | tuple[torch.Tensor, Head]:
         """Log-prob and entropy of each target, and what ``teacher`` asks for.
 
-        No attention mask: rows are padded on the right, and under causal attention no token sees what is to its right.
+        No attention mask: rows are padded on the right, and under causal attention no token sees what is to its right;
+        or they are packed into one, and the attention function keeps them apart.
 
         Args:
-            input_ids: [b, T] int64, right-padded with any valid id.
+            input_ids: [b, T] int64, right-padded with any valid id; with ``packing`` [1, T].
             positions: [K] int64 into the b·T inputs: the one after which each target comes.
             targets: [K] int64; None: the hidden states at ``positions`` [K, H] and the head come back, whose weight is
                 whole until the next reshard.
             entropy_gradient: whether the entropy carries a gradient.
+            packing: of a packed row; only where ``packs(self.lm)`` holds.
 
         Returns:
             PolicyOutput, float32.
         """
-        hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, positions)
+        hidden = _hidden(self.lm.base_model, input_ids, packing).index_select(0, positions)
         head = self.lm.get_output_embeddings()
         if targets is None:  # detached: an engine that lets go of its weights after the pass leaves these alone
             return hidden, Head(head.weight.detach(), None if head.bias is None else head.bias.detach())
@@ -119,19 +123,33 @@ class ValueModel(nn.Module):
         self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1, bias=False)
         nn.init.zeros_(self.value_head.weight)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
         """Values [K], float32, of the states after which the tokens at ``positions`` come; arguments as PolicyModel."""
-        hidden = self.lm(input_ids=input_ids, use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, positions)
+        hidden = _hidden(self.lm, input_ids, packing).index_select(0, positions)
         # A copy: what a sharded module returns must not be a view.
         return self.value_head(hidden).squeeze(-1).to(torch.float32, copy=True)
 
 
-def load_causal_lm(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _hidden(body: nn.Module, input_ids: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+    """[b·T, H] last hidden states."""
+    if packing is None:
+        output = body(input_ids=input_ids, use_cache=False)
+    else:
+        output = body(input_ids=input_ids, position_ids=packing.position_ids, use_cache=False, packing=packing)
+        if not packing.seen:
+            raise RuntimeError(f"{type(body).__name__} does not tell its attention where sequences end")
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def load_causal_lm(model: ModelConfig, dtype: torch.dtype, *, packing: bool = False) -> PreTrainedModel:
     """The model at ``model.path`` (a folder or a hub id) on the CPU, in ``dtype``, without dropout, in evaluation mode.
 
+    Args:
+        packing: with attention over packed rows, if its family allows.
+
     Raises:
-        UserError: no such folder, no config, no or incomplete weights, an architecture whose log-probs would be wrong.
+        UserError: no such folder, no config, no or incomplete weights, an architecture whose log-probs would be wrong,
+            attention that is not to be had here.
     """
     transformers.utils.logging.disable_progress_bar()
     config = _load_config(model)
@@ -140,7 +158,7 @@ def load_causal_lm(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             model.path,
             config=config,
             dtype=dtype,
-            attn_implementation=model.attention,
+            attn_implementation="eager",  # what every family has; set_attention says what it gets
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -151,10 +169,6 @@ def load_causal_lm(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             where="model.path",
             fix="a Hugging Face folder has config.json and model.safetensors (or its parts and their index)",
         ) from error
-    except ImportError as error:
-        raise UserError(
-            f"{model.attention} is not available: {error}", where="model.attention", fix="use sdpa"
-        ) from error
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])
         raise UserError(
@@ -163,6 +177,8 @@ def load_causal_lm(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             fix="the folder's config.json and its weights do not belong together, or a part of the weights is missing",
         )
     check_head(lm, model.path)
+    half = getattr(torch, model.dtype)  # of the forward pass, whatever the weights are held in
+    set_attention(lm, model.attention, packing=packing, device=training_device(), dtype=half)
     return lm.eval()
 
 

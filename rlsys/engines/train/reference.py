@@ -6,6 +6,7 @@ import torch
 
 from rlsys.batch import DataProto, jagged
 from rlsys.config.schema import ModelConfig, TrainerConfig
+from rlsys.engines.train.attention import packs
 from rlsys.engines.train.collectives import training_device
 from rlsys.engines.train.model import PolicyModel, context_length, load_causal_lm
 from rlsys.engines.train.rows import RankRows
@@ -17,7 +18,7 @@ class ReferenceEngine:
     def __init__(self, policy: PolicyModel, trainer: TrainerConfig, *, max_length: int) -> None:
         self._device = training_device()
         self._policy = policy.requires_grad_(False).to(self._device)
-        self._token_budget, self._max_length = trainer.micro_batch_tokens, max_length
+        self._trainer, self._max_length = trainer, max_length
 
     @classmethod
     def load(
@@ -27,7 +28,7 @@ class ReferenceEngine:
 
         Args:
             model: of the policy at the start of training.
-            trainer: its token budget and chunk size count here too.
+            trainer: its token budget, packing and chunk size count here too.
             temperature: of the sampler; logits are divided by it.
             threads: CPU threads of this process; None: as they are.
 
@@ -36,7 +37,7 @@ class ReferenceEngine:
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        lm = load_causal_lm(model, getattr(torch, model.dtype))
+        lm = load_causal_lm(model, getattr(torch, model.dtype), packing=trainer.packing)
         policy = PolicyModel(lm, temperature=temperature, chunk=trainer.logprob_chunk_tokens)
         return cls(policy, trainer, max_length=context_length(lm))
 
@@ -47,10 +48,17 @@ class ReferenceEngine:
         Args:
             batch: rows with ``prompt_ids``, ``response_ids`` and ``response_mask``.
         """
-        rows = RankRows(batch, (), max_length=self._max_length, token_budget=self._token_budget)
+        rows = RankRows(
+            batch,
+            (),
+            max_length=self._max_length,
+            token_budget=self._trainer.micro_batch_tokens,
+            packing=packs(self._policy.lm),
+            share_prompts=self._trainer.share_prompts,
+        )
         logprobs = torch.zeros(rows.num_tokens, device=self._device)
         for micro in rows.cut(len(rows.plan), self._device):
-            output = self._policy(micro.input_ids, micro.positions, micro.targets)
+            output = self._policy(micro.input_ids, micro.positions, micro.targets, packing=micro.packing)
             logprobs[micro.token_index] = micro.spread(output.logprobs)
         column = jagged.from_values(logprobs.cpu(), rows.response_lengths)
         return DataProto.from_dict(tensors={"ref_logprobs": column})

@@ -1,4 +1,4 @@
-"""The engine's door: jagged rows in, right-padded micro-batches of a bounded number of tokens out."""
+"""The engine's door: jagged rows in, packed or right-padded micro-batches of a bounded number of tokens out."""
 
 from __future__ import annotations
 
@@ -9,30 +9,14 @@ import torch
 
 from rlsys.algorithms.objective import ResponseBatch
 from rlsys.batch import DataProto, jagged
-from rlsys.batch.balance import micro_batches
+from rlsys.batch.balance import micro_batches, packed_batches
 from rlsys.batch.columns import COLUMNS
 from rlsys.config.errors import UserError
+from rlsys.engines.train import layout
+from rlsys.engines.train.attention import Packing
+from rlsys.engines.train.layout import Laid, Sequences, ranges
 
 _PAIR_SIDES = ("chosen", "rejected")
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """One sequence a row, laid end to end; empty in rows that have none.
-
-    ids: [Σ lengths]. lengths, lead: [B]; the tokens that have columns come after the ``lead`` ones of a sequence.
-    scored: [M] bool, which of the M tokens with columns get a log-prob.
-    """
-
-    ids: torch.Tensor
-    lengths: torch.Tensor
-    lead: torch.Tensor
-    scored: torch.Tensor
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        """[B] tokens with columns."""
-        return self.lengths - self.lead
 
 
 @dataclass(frozen=True)
@@ -57,8 +41,9 @@ class Scored:
 class TeacherRows:
     """The teacher's sequences of a micro-batch.
 
-    input_ids: [s, T'], right-padded. positions: [n] of the tokens that the divergence is about.
-    student: [n] which of the K scored tokens those are; targets: [n] the tokens; place: [n] which response tokens.
+    input_ids: [s, T'], right-padded, or with ``packing`` [1, T'].
+    positions: [n] of the tokens that the divergence is about. targets: [n] the tokens.
+    student: [n] which of the K scored tokens those are; place: [n] which response tokens.
     """
 
     input_ids: torch.Tensor
@@ -66,15 +51,18 @@ class TeacherRows:
     student: torch.Tensor
     targets: torch.Tensor
     place: torch.Tensor
+    packing: Packing | None
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Some of a rank's rows, on the device.
 
-    input_ids: [s, T], right-padded. positions, targets: [K] of the scored tokens, as PolicyModel takes them.
+    input_ids: [s, T], right-padded, or with ``packing`` [1, T]. positions, targets: [K] of the scored tokens, as
+    PolicyModel takes them.
     scored: by kind of sequence, which of them are its.
     response: the rows' tokens and columns; token_index: [N] where the response tokens lie in the rank's columns.
+    tokens: inputs that are not padding, the teacher's too.
     """
 
     input_ids: torch.Tensor
@@ -84,6 +72,13 @@ class MicroBatch:
     response: ResponseBatch
     token_index: torch.Tensor
     teacher: TeacherRows | None
+    packing: Packing | None
+    tokens: int
+
+    @property
+    def area(self) -> int:
+        """Inputs, padding included, the teacher's too."""
+        return self.input_ids.numel() + (self.teacher.input_ids.numel() if self.teacher is not None else 0)
 
     def spread(self, values: torch.Tensor, kind: str = "response") -> torch.Tensor:
         """[K] values of scored tokens as [M] values of the kind's tokens, 0 on the others. Keeps the gradient."""
@@ -98,6 +93,9 @@ class RankRows:
         reads: further columns that the micro-batches carry.
         max_length: longest sequence.
         token_budget: most tokens in a micro-batch, padding included.
+        packing: sequences of a micro-batch lie end to end in one row; false: below each other, padded on the right.
+        pack_teacher: the teacher's sequences too; None: as ``packing`` says.
+        share_prompts: rows with the same prompt that are in one micro-batch have it as an input once (packed only).
         sequences: which of ``response`` (prompt_ids, response_ids, response_mask), ``chosen`` and ``rejected``
             (``…_ids``, ``…_mask``) are scored.
         teacher: whether the responses are scored behind ``teacher_prompt_ids`` too, where ``teacher_mask`` says so.
@@ -115,7 +113,12 @@ class RankRows:
         token_budget: int,
         sequences: Sequence[str] = ("response",),
         teacher: bool = False,
+        packing: bool = False,
+        share_prompts: bool = False,
+        pack_teacher: bool | None = None,
     ):
+        self._packing, self._budget = packing, token_budget
+        self._pack_teacher = packing if pack_teacher is None else pack_teacher
         self.num_rows = len(batch)
         self._kinds, self._teacher = tuple(sequences), teacher
         self._flat: dict[str, torch.Tensor] = {}
@@ -138,8 +141,9 @@ class RankRows:
         every = [s.lengths for s in self._sequences.values()]
         longest = torch.stack(every).amax(0) if self.num_rows else none
         self._check_lengths(longest, max_length)
-        counts = torch.stack([lengths > 0 for lengths in every]).sum(0) if self.num_rows else none
-        self.plan = micro_batches(longest.tolist(), token_budget, counts.tolist()) if self.num_rows else []
+        self._same = self._same_prompts() if share_prompts and "response" in sequences else None
+        self._lengths_of_all = torch.stack(every) if self.num_rows else none[None]
+        self.plan = self._plan() if self.num_rows else []
 
     @property
     def num_tokens(self) -> int:
@@ -168,9 +172,41 @@ class RankRows:
         return ResponseBatch({name: self._flat[name] for name in self._reads}, rows, self.num_rows, pairs)
 
     def cut(self, count: int, device: torch.device) -> Iterator[MicroBatch]:
-        """The micro-batches, padded with empty ones to ``count``: every rank runs as many as the busiest."""
-        for rows in [*self.plan, *[[]] * (count - len(self.plan))]:
+        """The micro-batches. Every rank runs as many as the busiest: packed rows are divided anew over ``count``; where
+        there are too few, empty micro-batches follow."""
+        plan = self.plan
+        if self._packing and self.num_rows and count > len(plan):
+            divided = self._plan(count)
+            plan = divided if len(divided) <= count else plan
+        for rows in [*plan, *[[]] * (count - len(plan))]:
             yield self._micro_batch(torch.tensor(rows, dtype=torch.int64), device)
+
+    def _plan(self, parts: int | None = None) -> list[list[int]]:
+        """Rows of each micro-batch; packed, in at least ``parts`` of them."""
+        longest, counts = self._lengths_of_all.amax(0), (self._lengths_of_all > 0).sum(0)
+        if not self._packing:
+            return micro_batches(longest.tolist(), self._budget, counts.tolist())
+        costs = self._lengths_of_all.sum(0)
+        if self._same is None:
+            return packed_batches(costs.tolist(), self._budget, parts)
+        prompts = self._lengths["prompt_ids"]
+        items = _bundles(self._same.tolist(), prompts.tolist(), costs.tolist(), self._budget)
+        bundled = [int(costs[rows].sum() - (len(rows) - 1) * prompts[rows[0]]) for rows in items]
+        batches = packed_batches(bundled, self._budget, parts)
+        return [sorted(row for item in batch for row in items[item]) for batch in batches]
+
+    def _same_prompts(self) -> torch.Tensor:
+        """[B] equal numbers for rows with the same prompt."""
+        numbers: dict[bytes, int] = {}
+        parts = self._flat["prompt_ids"].split(self._lengths["prompt_ids"].tolist())
+        return torch.tensor([numbers.setdefault(p.numpy().tobytes(), len(numbers)) for p in parts], dtype=torch.int64)
+
+    def _lay(self, kinds: Sequence[str], rows: torch.Tensor, device: torch.device) -> Laid:
+        pieces = [(self._sequences[kind], rows) for kind in kinds]
+        if not (self._pack_teacher if kinds[0] == "teacher" else self._packing):
+            return layout.padded(pieces, device)
+        same = self._same[rows] if self._same is not None and kinds[0] == "response" else None
+        return layout.packed(pieces, device, same)
 
     def _sequence(self, kind: str) -> Sequences:
         if kind == "response":
@@ -196,23 +232,21 @@ class RankRows:
         count = torch.zeros(self.num_rows, dtype=torch.int64).index_add(0, rows, inside.to(torch.int64))
         lead = torch.where(count > 0, self._lengths["teacher_prompt_ids"], 0)
         starts = self._lengths["teacher_prompt_ids"].cumsum(0) - self._lengths["teacher_prompt_ids"]
-        prompts = self._flat["teacher_prompt_ids"][_ranges(lead, starts)[2]]
+        prompts = self._flat["teacher_prompt_ids"][ranges(lead, starts)[2]]
         self._teacher_tokens = torch.nonzero(inside).flatten()  # response tokens in the teacher's sequences
         ids = _interleave((prompts, lead), (self._flat["response_ids"][inside], count))
         return Sequences(ids, lead + count, lead, mask[inside])
 
     def _micro_batch(self, rows: torch.Tensor, device: torch.device) -> MicroBatch:
-        indices = {kind: _ranges(self._lengths[f"{kind}_ids"][rows], self._starts[kind]
+        indices = {kind: ranges(self._lengths[f"{kind}_ids"][rows], self._starts[kind]
             [rows]) for kind in self._kinds}  # fmt: skip
-        input_ids, bases = _lay([(self._sequences[kind], rows) for kind in self._kinds])
-        width = input_ids.shape[1] - 1
+        laid = self._lay(self._kinds, rows, device)
         positions, targets, scored, start = [], [], {}, 0
-        for kind, base in zip(self._kinds, bases, strict=True):
+        for piece, kind in enumerate(self._kinds):
             row, place, index = indices[kind]
-            column = place + self._sequences[kind].lead[rows][row]
             mask = self._flat[f"{kind}_mask"][index]
             chosen = None if bool(mask.all()) else torch.nonzero(mask).flatten()
-            where = base[row] * width + column - 1
+            where = laid.before(piece, row, place)
             ids = self._flat[f"{kind}_ids"][index]
             positions.append(where if chosen is None else where[chosen])
             targets.append(ids if chosen is None else ids[chosen])
@@ -223,14 +257,17 @@ class RankRows:
         none = torch.zeros(0, dtype=torch.int64)
         row, _, index = indices.get("response", (none, none, none))
         pairs = {side: indices[side][0].to(device) for side in self._kinds if side in _PAIR_SIDES}
+        teacher = self._teacher_rows(rows, index, device) if self._teacher else None
         return MicroBatch(
-            input_ids[:, :width].to(device),
+            laid.input_ids,
             torch.cat(positions).to(device),
             torch.cat(targets).to(device),
             scored,
             ResponseBatch(columns, row.to(device), len(rows), pairs),
             index.to(device),
-            self._teacher_rows(rows, index, device) if self._teacher else None,
+            teacher[0] if teacher is not None else None,
+            laid.packing,
+            laid.tokens + (teacher[1] if teacher is not None else 0),
         )
 
     def _pick(
@@ -246,18 +283,17 @@ class RankRows:
         if kind in indices:
             return self._flat[name][indices[kind][2]]
         lengths = self._lengths[name]
-        return self._flat[name][_ranges(lengths[rows], (lengths.cumsum(0) - lengths)[rows])[2]]
+        return self._flat[name][ranges(lengths[rows], (lengths.cumsum(0) - lengths)[rows])[2]]
 
-    def _teacher_rows(self, rows: torch.Tensor, tokens: torch.Tensor, device: torch.device) -> TeacherRows:
-        """tokens: [N] the micro-batch's response tokens among the rank's."""
+    def _teacher_rows(self, rows: torch.Tensor, tokens: torch.Tensor, device: torch.device) -> tuple[TeacherRows, int]:
+        """And how many of their inputs are not padding. tokens: [N] the micro-batch's response tokens in the rank's."""
         sequences = self._sequences["teacher"]
-        input_ids, (base,) = _lay([(sequences, rows)])
-        width = input_ids.shape[1] - 1
+        laid = self._lay(("teacher",), rows, device)
         counts = sequences.tokens
-        row, place, index = _ranges(counts[rows], (counts.cumsum(0) - counts)[rows])
+        row, place, index = ranges(counts[rows], (counts.cumsum(0) - counts)[rows])
         live = sequences.scored[index]
         row, place, index = row[live], place[live], index[live]
-        positions = base[row] * width + place + sequences.lead[rows][row] - 1
+        positions = laid.before(0, row, place)
         # from the rank's response tokens to the micro-batch's, and from those to the scored ones
         here = torch.full((self.num_tokens + 1,), -1)
         here[tokens] = torch.arange(len(tokens))
@@ -265,13 +301,15 @@ class RankRows:
         mask = self._flat["response_mask"][tokens]
         student = (mask.to(torch.int64).cumsum(0) - 1)[spot]
         targets = self._flat["response_ids"][tokens][spot]
-        return TeacherRows(
-            input_ids[:, :width].to(device),
+        found = TeacherRows(
+            laid.input_ids,
             positions.to(device),
             student.to(device),
             targets.to(device),
             spot.to(device),
+            laid.packing,
         )
+        return found, laid.tokens
 
     def _check_alignment(self) -> None:
         """Columns of one kind have one value a token of the kind."""
@@ -308,23 +346,20 @@ def _kind_of(name: str) -> str:
     return next((side for side in _PAIR_SIDES if name.startswith(f"{side}_")), "response")
 
 
-def _lay(pieces: Sequence[tuple[Sequences, torch.Tensor]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """These rows' sequences, one below the other: [s, width + 1] right-padded, and for each piece the matrix row of
-    each of its rows (meaningless where the row has no sequence)."""
-    lengths = [s.lengths[rows] for s, rows in pieces]
-    # A sequence's last token is predicted and predicts nothing, so it need not be an input. An empty micro-batch still
-    # has one input token: its forward and backward passes take part in the collectives.
-    width = max(max((int(n.max()) for n in lengths if len(n)), default=0) - 1, 1)
-    bases, count = [], 0
-    for n in lengths:
-        live = (n > 0).to(torch.int64)
-        bases.append(count + live.cumsum(0) - live)
-        count += int(live.sum())
-    input_ids = torch.zeros(max(count, 1), width + 1, dtype=torch.int64)
-    for (s, rows), n, base in zip(pieces, lengths, bases, strict=True):
-        row, place, index = _ranges(n, (s.lengths.cumsum(0) - s.lengths)[rows])
-        input_ids[base[row], place] = s.ids[index]
-    return input_ids, bases
+def _bundles(same: list[int], prompts: list[int], costs: list[int], budget: int) -> list[list[int]]:
+    """Rows with the same prompt together, as many as a micro-batch takes when their prompt counts once."""
+    items: list[list[int]] = []
+    open_item: dict[int, tuple[int, int]] = {}  # number of a prompt → which item, how many tokens it has
+    for row, number in enumerate(same):
+        item, size = open_item.get(number, (-1, budget))
+        more = costs[row] - prompts[row]
+        if size + more > budget:
+            open_item[number] = (len(items), costs[row])
+            items.append([row])
+        else:
+            open_item[number] = (item, size + more)
+            items[item].append(row)
+    return items
 
 
 def _interleave(first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -333,9 +368,9 @@ def _interleave(first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Te
     lengths = a_lengths + b_lengths
     starts = lengths.cumsum(0) - lengths
     result = torch.empty(len(a) + len(b), dtype=a.dtype)
-    row, place, _ = _ranges(a_lengths, starts)
+    row, place, _ = ranges(a_lengths, starts)
     result[starts[row] + place] = a
-    row, place, _ = _ranges(b_lengths, starts)
+    row, place, _ = ranges(b_lengths, starts)
     result[starts[row] + a_lengths[row] + place] = b
     return result
 
@@ -353,11 +388,3 @@ def _column(batch: DataProto, name: str) -> tuple[torch.Tensor, torch.Tensor | N
     if not column.is_nested:
         return column, None
     return jagged.values(column), jagged.lengths(column).to(torch.int64)
-
-
-def _ranges(lengths: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Row, place in the row and place in the buffer of each element of the rows, which have ``lengths`` and start at
-    ``starts`` of a flat buffer."""
-    row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    place = torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
-    return row, place, starts[row] + place

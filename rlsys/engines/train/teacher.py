@@ -11,6 +11,7 @@ from rlsys.algorithms.objective import DivergencePass
 from rlsys.checkpoint.shards import Shard
 from rlsys.config.errors import UserError
 from rlsys.config.schema import DistillationConfig, ModelConfig
+from rlsys.engines.train.attention import packs
 from rlsys.engines.train.base import ShardedModel
 from rlsys.engines.train.model import PolicyModel, TeacherInputs, load_causal_lm
 from rlsys.engines.train.rows import TeacherRows
@@ -34,12 +35,13 @@ class Teacher:
         config: DistillationConfig,
         model: ModelConfig,
         policy: PolicyModel,
-        shard: Callable[[PolicyModel], ShardedModel],
+        shard: Callable[[PolicyModel, bool], ShardedModel],
         *,
         temperature: float,
         chunk: int | None,
     ) -> Teacher:
-        """The teacher that ``config`` describes. shard: spreads a model over the ranks.
+        """The teacher that ``config`` describes. shard: spreads a model over the ranks; told
+        whether its weights will move.
 
         Raises:
             UserError: the teacher cannot be loaded, or has another vocabulary.
@@ -49,7 +51,7 @@ class Teacher:
         where = model if config.teacher != "model" else ModelConfig(
             path=config.teacher_path or "", dtype=model.dtype, attention=model.attention
         )  # fmt: skip
-        lm = load_causal_lm(where, torch.float32)
+        lm = load_causal_lm(where, torch.float32, packing=packs(policy.lm))
         sizes = [m.get_output_embeddings().out_features for m in (policy.lm, lm)]
         if sizes[0] != sizes[1]:
             raise UserError(
@@ -57,9 +59,16 @@ class Teacher:
                 where="algorithm.distillation.teacher_path",
                 fix="use a teacher with the policy's tokenizer and embedding size",
             )
-        other = shard(PolicyModel(lm, temperature=temperature, chunk=chunk).requires_grad_(False))
+        rate = config.teacher_rate if config.teacher == "ema" else 0.0
+        other = shard(PolicyModel(lm, temperature=temperature, chunk=chunk).requires_grad_(False), rate > 0)
         mix = config.teacher_mix if config.teacher == "trust_region" else 0.0
-        return cls(policy, other, mix=mix, rate=config.teacher_rate if config.teacher == "ema" else 0.0)
+        return cls(policy, other, mix=mix, rate=rate)
+
+    @property
+    def packs(self) -> bool:
+        """Whether all the models that look take packed rows."""
+        models = [self._policy] * bool(self._mix) + ([self._other.model] if self._other is not None else [])
+        return all(packs(model.lm) for model in models)
 
     @property
     def saved(self) -> dict[str, Shard]:
@@ -76,10 +85,10 @@ class Teacher:
         """What the student's pass needs. A collective: every rank looks, also at nothing."""
         parts: list[tuple[float, torch.Tensor, Head | None]] = []
         if self._mix:
-            hidden, _ = self._policy(rows.input_ids, rows.positions, None)
+            hidden, _ = self._policy(rows.input_ids, rows.positions, None, packing=rows.packing)
             parts.append((self._mix, hidden, None))
         if self._other is not None:
-            hidden, head = self._other.model(rows.input_ids, rows.positions, None)
+            hidden, head = self._other.model(rows.input_ids, rows.positions, None, packing=rows.packing)
             parts.append((1.0 - self._mix, hidden, head))
         return TeacherInputs(rows.student, tuple(parts), spec)
 

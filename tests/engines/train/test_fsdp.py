@@ -286,7 +286,7 @@ def test_a_step_without_a_gradient_is_refused(folder: Path) -> None:
 
 
 def test_activation_checkpointing_has_the_same_gradient(folder: Path) -> None:
-    plain, saving = load(folder), load(folder, replace(TRAINER, activation_checkpointing=True))
+    plain, saving = load(folder), load(folder, replace(TRAINER, activations="recompute"))
     layers = saving._model.lm.base_model.layers
     calls = []
     layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
