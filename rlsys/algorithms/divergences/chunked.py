@@ -30,7 +30,7 @@ class _Size:
     row_elements: int
 
 
-_CPU = _Size(tokens=1024, elements=1 << 24, row_elements=1 << 19)  # in float32: 64 MiB and 2 MiB
+_CPU = _Size(tokens=1024, elements=1 << 24, row_elements=1 << 20)  # in float32: 64 MiB and 4 MiB
 _GPU = _Size(tokens=4096, elements=1 << 25, row_elements=1 << 23)
 
 

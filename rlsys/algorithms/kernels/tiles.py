@@ -15,16 +15,19 @@ from rlsys.algorithms.kernels import use_kernels
 
 @dataclass(frozen=True)
 class _Size:
-    """tokens: at most. elements: tokens · words, about. words: at least, where there are as many."""
+    """tokens: at most, unless the vocabulary is small. elements: tokens · words, about. words: at least, where there
+    are as many."""
 
     tokens: int
     elements: int
     words: int
 
 
-# Measured: a CPU's matrix products reach their full speed from about 512 × 1,024 on, and its tile, 8 MiB in float32,
-# stays in the last-level cache. A GPU's tile is large enough that starting kernels takes little of the time.
-_CPU = _Size(tokens=1024, elements=1 << 21, words=1024)
+# Measured: a CPU's matrix products reach their full speed from about 512 × 1,024 on, and passes over a tile of 16 MiB
+# in float32 cost little more than over one that the cache holds. Smaller ones would be more of them, and after each the
+# threads wait for each other: milliseconds, where other programs run on the same cores. A GPU's tile is large enough
+# that starting kernels takes little of the time.
+_CPU = _Size(tokens=1024, elements=1 << 22, words=1024)
 _GPU = _Size(tokens=4096, elements=1 << 25, words=8192)
 
 
@@ -39,7 +42,7 @@ class Tiles:
     def of(cls, hidden: torch.Tensor, weight: torch.Tensor, chunk: int | None) -> Tiles:
         """chunk: tokens in a tile, at most; None: what was measured best for the device."""
         size = _GPU if hidden.is_cuda else _CPU
-        tokens = even_slices(len(hidden), chunk or size.tokens)
+        tokens = even_slices(len(hidden), chunk or max(size.tokens, size.elements // max(1, len(weight))))
         longest = tokens[0].stop if tokens else 1
         return cls(tokens, even_slices(len(weight), max(size.words, size.elements // longest)))
 
