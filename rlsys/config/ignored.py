@@ -31,6 +31,39 @@ def _never_clips(c: RunConfig) -> bool:
     return c.algorithm.loss in clips and _one_update(c)
 
 
+def _loss_options_that_wait(c: RunConfig) -> tuple[str, ...]:
+    """Options of the policy loss that have no gradient at π = π_old, and so none with one update a step."""
+    if not _one_update(c):
+        return ()
+    given = c.algorithm.loss_options
+    match c.algorithm.loss:
+        case "cispo":
+            # A window holds the ratio 1 whatever its bounds; an absolute cap below 1 does not.
+            below_one = given.get("cap") == "absolute" and (given.get("clip_high") or 1.0) < 1
+            return () if below_one else ("cap", "clip_low", "clip_high")
+        case "sapo":
+            return ("tau_positive", "tau_negative")
+        case "kl_cov":
+            return ("cov_ratio", "kl_coef")
+    return ("clip_low", "clip_high", "dual_clip") if _never_clips(c) else ()
+
+
+def _waits(option: str) -> Callable[[RunConfig], bool]:
+    return lambda c: option in _loss_options_that_wait(c)
+
+
+def _taid_options(c: RunConfig) -> dict[str, Any]:
+    """Empty where the divergence is another."""
+    distillation = c.algorithm.distillation
+    return distillation.divergence_options if distillation.divergence == "taid" else {}
+
+
+def _no_adaptive_taid(c: RunConfig) -> bool:
+    """Whether the straight line alone says what TAID's t is: there is no room above it."""
+    options = _taid_options(c)
+    return options.get("t_start", 0.4) == options.get("t_end", 1.0)
+
+
 def _no_policy(c: RunConfig) -> bool:
     return c.algorithm.weight == 0
 
@@ -48,7 +81,7 @@ def _no_preference(c: RunConfig) -> bool:
 
 
 def _no_critic(c: RunConfig) -> bool:
-    return c.algorithm.advantage != "gae" and not _own(c.algorithm.advantage)
+    return _no_policy(c) or (c.algorithm.advantage != "gae" and not _own(c.algorithm.advantage))
 
 
 def _no_response(c: RunConfig) -> bool:
@@ -79,13 +112,24 @@ def _pairs_not_of(*sources: str) -> Callable[[RunConfig], bool]:
 
 
 def _no_reference(c: RunConfig) -> bool:
-    return _no_kl(c) and (_no_preference(c) or c.algorithm.preference.loss == "simpo") and not _own(c.algorithm.loss)
+    policy = not _no_policy(c) and (not _no_kl(c) or _own(c.algorithm.loss))
+    return not policy and (_no_preference(c) or c.algorithm.preference.loss == "simpo")
+
+
+def _kl_is_zero(c: RunConfig) -> bool:
+    """Nothing is measured that could exceed a limit: no KL to a reference, and none of π to π_old."""
+    return _no_policy(c) or (_no_kl(c) and _one_update(c) and not _own(c.algorithm.loss))
 
 
 _CLIPS = (
     "with one optimiser step a batch the ratio is always 1 and nothing is clipped: "
     "set trainer.updates_per_step=2 or more"
 )
+
+_WAITS = (
+    "with one optimiser step a batch π is π_old, where this has no gradient: set trainer.updates_per_step=2 or more"
+)
+_LINE = "TAID's t does not adapt: leave algorithm.distillation.divergence_options.{} out"
 
 _NO_CHANNEL = "the channel is off: set {}.weight to more than 0"
 
@@ -131,7 +175,11 @@ _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
     ),
     ("algorithm.max_refills", lambda c: not c.algorithm.filters, "no group is filtered: set algorithm.filters"),
     *(
-        (f"trainer.critic.{key}", _no_critic, "only algorithm.advantage=gae has a critic")
+        (
+            f"trainer.critic.{key}",
+            _no_critic,
+            "no critic runs: set algorithm.advantage=gae, and algorithm.weight to more than 0",
+        )
         for key in ("path", "lr", "value_clip", "warmup_steps")
     ),
     (
@@ -200,19 +248,51 @@ _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
         (f"guards.limits.{name}", _no_critic, "it watches the critic: set algorithm.advantage=gae")
         for name in ("variance", "distance", "variance_start", "distance_start")
     ),
-    ("guards.limits.kl", lambda c: _no_policy(c) and _no_kl(c), "set algorithm.weight to more than 0"),
+    (
+        "guards.limits.kl",
+        _kl_is_zero,
+        "no KL is there to be limited: set algorithm.weight to more than 0, and algorithm.kl.coef to more than 0 or "
+        "trainer.updates_per_step to 2 or more",
+    ),
     (
         "guards.limits.entropy",
         _no_response,
         "no channel looks at the responses: set algorithm.weight or algorithm.distillation.weight to more than 0",
     ),
-    ("algorithm.loss_options.clip_low", _never_clips, _CLIPS),
-    ("algorithm.loss_options.clip_high", _never_clips, _CLIPS),
-    ("algorithm.loss_options.dual_clip", _never_clips, _CLIPS),
+    *(
+        (f"algorithm.loss_options.{option}", _waits(option), _CLIPS)
+        for option in ("cap", "clip_low", "clip_high", "dual_clip")
+    ),
+    *(
+        (f"algorithm.loss_options.{option}", _waits(option), _WAITS)
+        for option in ("tau_positive", "tau_negative", "cov_ratio", "kl_coef")
+    ),
+    *(
+        (
+            f"algorithm.distillation.divergence_options.{option}",
+            lambda c: _taid_options(c).get("t") is not None,
+            _LINE.format("t"),
+        )
+        for option in ("t_start", "t_end", "alpha", "beta")
+    ),
+    *(
+        (f"algorithm.distillation.divergence_options.{option}", _no_adaptive_taid, _LINE.format("t_start"))
+        for option in ("alpha", "beta")
+    ),
+    (
+        "algorithm.distillation.divergence_options.beta",
+        lambda c: _taid_options(c).get("alpha") == 0,
+        _LINE.format("alpha"),
+    ),
     (
         "algorithm.advantage_options.eps",
         lambda c: c.algorithm.advantage_options.get("std") == "none",
         "it is added to the standard deviation: leave algorithm.advantage_options.std=none out",
+    ),
+    (
+        "algorithm.advantage_options.eps",
+        lambda c: c.algorithm.advantage == "grpo_passk" and c.algorithm.advantage_options.get("normalize") is False,
+        "it is added to the standard deviation: leave algorithm.advantage_options.normalize=false out",
     ),
     ("eval.pass_k", lambda c: c.eval.samples == 0, "set eval.samples to the number of responses a problem"),
     ("eval.samples", _no_eval, "set eval.every to more than 0"),

@@ -11,7 +11,7 @@ from rlsys.algorithms.divergences.chunked import Head, TeacherPart, token_diverg
 from rlsys.algorithms.filters import check_filters, kept
 from rlsys.algorithms.losses import POLICY_LOSSES, aggregation_of, prepare_of
 from rlsys.algorithms.objective import ForwardOutput, Objective, ResponseBatch, TeacherOutput
-from rlsys.algorithms.requirements import objective, penalises_kl, step_weights
+from rlsys.algorithms.requirements import needs_teacher, objective, penalises_kl, step_weights
 from rlsys.batch.columns import COLUMNS
 from rlsys.config.errors import UserError
 from rlsys.config.plugins import reads_of
@@ -49,6 +49,7 @@ def try_out(config: RunConfig) -> None:
     _estimator_fits(config)
     _loss_fits(config)
     _aggregation_fits(config)
+    _teacher_fits(config)
     estimators.try_out(algorithm.advantage, algorithm.advantage_options)
     kept(algorithm.filters, torch.tensor([0.0, 1.0]), ["a", "a"])
     channels = objective(config)
@@ -103,6 +104,25 @@ def _aggregation_fits(config: RunConfig) -> None:
             where="algorithm.aggregation",
             fix=f"set algorithm.aggregation={required}",
         )
+
+
+def _teacher_fits(config: RunConfig) -> None:
+    """A second model that never differs from the policy, or a mixture of which one part has no share, costs its memory
+    and pass, and is a teacher of another name."""
+    if not needs_teacher(config):
+        return
+    distillation, where = config.algorithm.distillation, "algorithm.distillation"
+    for teacher, option, value in (
+        ("ema", "teacher_rate", distillation.teacher_rate),
+        ("trust_region", "teacher_mix", distillation.teacher_mix),
+    ):
+        same = {0.0: "frozen", 1.0: "self"}.get(value)
+        if distillation.teacher == teacher and same:
+            raise UserError(
+                f"the teacher '{teacher}' with {option}={value:g} is '{same}'",
+                where=f"{where}.{option}",
+                fix=f"set {where}.teacher={same}, or a value between 0 and 1",
+            )
 
 
 def _try_channels(channels: Objective) -> None:

@@ -10,6 +10,7 @@ from rlsys.config.errors import UserError
 from rlsys.controller.inputs import check_inputs
 from rlsys.controller.trial import try_out
 
+DISTILLATION = "algorithm.distillation"
 RECIPES = sorted(path.stem for path in (asset("configs") / "recipe").glob("*.yaml"))
 
 
@@ -25,6 +26,25 @@ def test_one_sample_a_prompt_is_too_few_only_where_samples_are_compared() -> Non
         try_out(with_leaves(run_config(), alone))
     assert error.value.where == "rollout.samples_per_prompt"
     try_out(with_leaves(run_config(recipe="opsd_qwen"), alone))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "option", "value", "same"),
+    [
+        ("ema", "teacher_rate", 0.0, "frozen"),
+        ("ema", "teacher_rate", 1.0, "self"),
+        ("trust_region", "teacher_mix", 0.0, "frozen"),
+        ("trust_region", "teacher_mix", 1.0, "self"),
+    ],
+)
+def test_a_teacher_that_is_one_of_another_name_is_refused(teacher: str, option: str, value: float, same: str) -> None:
+    config = with_leaves(run_config(recipe="sdpo_qwen"), {f"{DISTILLATION}.teacher": teacher})
+    try_out(config)
+    with pytest.raises(UserError, match=f"is '{same}'") as error:
+        try_out(with_leaves(config, {f"{DISTILLATION}.{option}": value}))
+    assert error.value.where == f"{DISTILLATION}.{option}"
+    nobody_taught = {f"{DISTILLATION}.weight": 0.0, "algorithm.weight": 1.0}
+    try_out(with_leaves(config, {f"{DISTILLATION}.{option}": value} | nobody_taught))
 
 
 def test_a_loss_without_channels_is_refused() -> None:
