@@ -21,7 +21,7 @@ from rlsys.engines.sync.broadcast import Broadcast
 from rlsys.engines.sync.buckets import Entry, Parcel, pack
 from rlsys.engines.sync.checksum import WeightsChecksum
 from rlsys.engines.sync.delta import DeltaSender, Mirror
-from rlsys.engines.sync.shared_memory import KEPT_BYTES, Segment, SharedBucket, host_identity
+from rlsys.engines.sync.shared_memory import Segment, SharedBucket, host_identity
 from rlsys.engines.sync.transport import Transport
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -111,8 +111,7 @@ class WeightSender:
 
     def release(self) -> None:
         """Called when every sampler has its weights. Little memory is kept for the next update."""
-        if self._segment.bucket().nbytes > KEPT_BYTES:
-            self._segment.release()
+        self._segment.let_go()
 
 
 class WeightIntake:

@@ -150,11 +150,15 @@ class VllmEngine:
             if isinstance(parcel, Broadcast):
                 await self._rpc("rlsys_receive_broadcast", _entries(parcel.index))
             elif isinstance(parcel, SharedBucket):
-                await self._rpc("rlsys_load_bucket", parcel.path, parcel.nbytes, _entries(parcel.entries))
+                await self._load_shared(parcel)
             else:
                 with _in_shared_memory(parcel) as bucket:
-                    await self._rpc("rlsys_load_bucket", bucket.path, bucket.nbytes, _entries(bucket.entries))
+                    await self._load_shared(dataclasses.replace(bucket, kept=False))
         await self._rpc("rlsys_finish_update")
+
+    async def _load_shared(self, bucket: SharedBucket) -> None:
+        entries = _entries(bucket.entries)
+        await self._rpc("rlsys_load_bucket", bucket.path, bucket.nbytes, entries, bucket.kept)
 
     async def _rpc(self, method: str, *args: Any) -> list[Any]:
         """By rank of the sampler."""

@@ -75,15 +75,12 @@ class WeightReceiver:
         with torch.no_grad(), set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(self.model_runner.get_model())
 
-    def rlsys_load_bucket(self, path: str, nbytes: int, entries: list[tuple[str, str, list[int], int]]) -> None:
-        """Loads the tensors of one bucket.
-
-        Args:
-            path: the sender's shared memory, as a path that this process can open; nbytes: of it.
-            entries: name, dtype, shape and byte offset of each tensor.
-        """
+    def rlsys_load_bucket(
+        self, path: str, nbytes: int, entries: list[tuple[str, str, list[int], int]], kept: bool
+    ) -> None:
+        """Loads the tensors of a ``SharedBucket``, given by its fields."""
         with torch.no_grad(), set_current_vllm_config(self.vllm_config):
-            self.model_runner.get_model().load_weights(SharedBucket(path, nbytes, _index(entries)).tensors())
+            self.model_runner.get_model().load_weights(SharedBucket(path, nbytes, _index(entries), kept).tensors())
 
     def rlsys_join_trainer(self, host: str, port: int, first_rank: int, world_size: int) -> None:
         """Meets the trainer, and every other rank that will receive its broadcasts."""

@@ -23,22 +23,37 @@ KEPT_BYTES = 1 << 30  # memory up to this stays with the sender: taking new page
 @dataclass(frozen=True)
 class SharedBucket:
     """Weights in a sender's memory. path: as which a process of the same host opens it; it holds until the sender
-    writes again or releases it."""
+    writes again or releases it. kept: the sender will write its next update there too."""
 
     path: str
     nbytes: int
     entries: tuple[Entry, ...]
+    kept: bool = False
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Views of the mapped memory, not to be written to."""
-        with open(self.path, "rb") as file:
-            # Page tables in one go: touching page after page would take as long as the copy that this saves.
-            memory = mmap.mmap(file.fileno(), self.nbytes, mmap.MAP_SHARED | _POPULATE, mmap.PROT_READ)
+        """Views of the mapped memory, not to be written to; what is kept stays mapped until the next bucket is."""
+        memory = _mapping(self)
         for entry in self.entries:
             yield entry.name, entry.view(memory)
 
 
 _POPULATE = getattr(mmap, "MAP_POPULATE", 0)
+_mapped: dict[tuple[int, int, int], mmap.mmap] = {}  # at most one
+
+
+def _mapping(bucket: SharedBucket) -> mmap.mmap:
+    """The bucket's memory, from the last time if it is the same."""
+    with open(bucket.path, "rb") as file:
+        stat = os.fstat(file.fileno())
+        key = (stat.st_dev, stat.st_ino, bucket.nbytes)
+        memory = _mapped.get(key)
+        if memory is None:
+            _mapped.clear()
+            # Page tables in one go: touching page after page would take as long as the copy that this saves.
+            memory = mmap.mmap(file.fileno(), bucket.nbytes, mmap.MAP_SHARED | _POPULATE, mmap.PROT_READ)
+        if bucket.kept:
+            _mapped[key] = memory
+    return memory
 
 
 class Segment:
@@ -76,7 +91,12 @@ class Segment:
     def bucket(self) -> SharedBucket:
         """What has been written, for the receivers."""
         path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
-        return SharedBucket(path, self._end, tuple(self._entries))
+        return SharedBucket(path, self._end, tuple(self._entries), kept=self._end <= KEPT_BYTES)
+
+    def let_go(self) -> None:
+        """Called when every receiver has its weights: releases what is too much to keep."""
+        if self._end > KEPT_BYTES:
+            self.release()
 
     def release(self) -> None:
         """Gives the memory back to the system once no receiver maps it any more."""
