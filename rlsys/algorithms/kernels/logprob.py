@@ -4,6 +4,9 @@ The products that make a tile and use its gradient are the vendor's, which nothi
 costs little beside them. Statistics are float32 whatever the tile's dtype.
 """
 
+# Kernels have Triton's own types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import torch
