@@ -170,6 +170,8 @@ def summary_block(summary: Mapping[str, Any], plot: Path | None) -> RenderableTy
     rows["tokens"] = f"{count(summary['tokens_generated'])} sampled · {count(summary['tokens_trained'])} trained" + (
         f" · {count(rate)} tokens/s" if rate else ""
     )
+    if summary.get("mfu") is not None:
+        rows["utilisation"] = f"{percent(summary['mfu'])} of the matrix-multiply peak while training"
     mismatch = summary.get("mismatch/logprob_abs_mean_max")
     if mismatch is not None:
         rows["sampler vs. trainer"] = f"log-probs differ by {figure(mismatch)} at most (mean over a step)"

@@ -102,6 +102,7 @@ class PlainDisplay:
             "policy/entropy": lambda value: f"entropy {figure(value)}",
             "mismatch/logprob_abs_mean": lambda value: f"mismatch {value:.1e}",
             "throughput/tokens_per_s": lambda value: f"{count(value)} tok/s",
+            "throughput/mfu": lambda value: f"MFU {percent(value)}",
             "time/step_s": lambda value: f"{value:.2f} s",
         }
         parts += [show(metrics[name]) for name, show in formats.items() if name in metrics]

@@ -171,6 +171,8 @@ class LiveDisplay:
                     aside = f" {100 * low:.0f}–{100 * high:.0f}"
             case "throughput/tokens_per_s":
                 text = count(value)
+                mfu = self._last.get("throughput/mfu")
+                aside = "" if mfu is None else f" MFU {percent(mfu)}"
             case "rollout/length_mean":
                 text, aside = f"{value:.1f}", " tokens"
             case _:

@@ -187,9 +187,10 @@ def _length(axes: Axes, steps: Sequence[Line]) -> None:
 def _time(axes: Axes, steps: Sequence[Line]) -> None:
     """Seconds of each phase, stacked; evaluation steps stand out as they should. Tokens/s in the title."""
     rates = [rate for rate in _series(steps, "throughput/tokens_per_s")[1] if math.isfinite(rate)]
-    axes.set_title(
-        "time per phase, s" + (f"  (median {sorted(rates)[len(rates) // 2]:,.0f} tokens/s)" if rates else "")
-    )
+    used = sorted(value for value in _series(steps, "throughput/mfu", 100)[1] if math.isfinite(value))
+    aside = [f"median {sorted(rates)[len(rates) // 2]:,.0f} tokens/s"] if rates else []
+    aside += [f"MFU {used[len(used) // 2]:.0f} %"] if used else []
+    axes.set_title("time per phase, s" + (f"  ({', '.join(aside)})" if aside else ""))
     trained = [line for line in steps if "time/step_s" in line]
     names = {
         name for line in trained for name in line if name.startswith("time/") and name.endswith("_s")

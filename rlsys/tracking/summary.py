@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -26,7 +27,8 @@ def build(run: RunFolder, *, name: str, seed: int, status: Status, peak_memory_b
         JSON content:
         ``steps``: training steps done; ``wall_s``: from opening the run folder to now, plus what earlier sessions took
         up to their last line; ``tokens_generated``: Σ ``rollout/tokens``; ``tokens_trained``: Σ ``train/tokens``;
-        ``tokens_per_s``: generated tokens by ``time/step_s`` of the steps that generated them;
+        ``tokens_per_s``: generated tokens by ``time/step_s`` of the steps that generated them; ``trained_tokens_per_s``
+        and ``mfu``: medians over the steps, null without an update; ``idle``: likewise, by actor;
         ``eval/initial_accuracy``, ``eval/final_accuracy``: first and last evaluation, null without one; ``best``: step
         and accuracy; ``mismatch/logprob_abs_mean_max``: null where it was never measured; ``peak_memory_bytes``; and
         which run it was.
@@ -53,6 +55,9 @@ def build(run: RunFolder, *, name: str, seed: int, status: Status, peak_memory_b
         "tokens_generated": int(tokens),
         "tokens_trained": int(_total(steps, "train/tokens")),
         "tokens_per_s": tokens / seconds if seconds > 0 else None,
+        "trained_tokens_per_s": _median(steps, "throughput/trained_tokens_per_s"),
+        "mfu": _median(steps, "throughput/mfu"),
+        "idle": {name.removeprefix("idle/"): _median(steps, name) for name in _names(steps, "idle/")},
         "mismatch/logprob_abs_mean_max": _maximum(steps, MISMATCH),
         "peak_memory_bytes": int(max(peak_memory_bytes, _maximum(lines, "memory/pss_bytes") or 0)),
     }
@@ -67,6 +72,16 @@ def _wall_s(lines: Iterable[Mapping[str, Any]], run: RunFolder) -> float:
 
 def _total(lines: Iterable[Line], name: str) -> float:
     return math.fsum(value for line in lines if math.isfinite(value := line.get(name, 0.0)))
+
+
+def _median(lines: Iterable[Line], name: str) -> float | None:
+    """Over finite values; None without any."""
+    values = [line[name] for line in lines if math.isfinite(line.get(name, math.nan))]
+    return statistics.median(values) if values else None
+
+
+def _names(lines: Iterable[Line], prefix: str) -> list[str]:
+    return sorted({name for line in lines for name in line if name.startswith(prefix)})
 
 
 def _maximum(lines: Iterable[Line], name: str) -> float | None:
