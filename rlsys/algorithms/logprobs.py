@@ -54,7 +54,7 @@ def token_logprobs(
         span = f"{int(targets.min())} … {int(targets.max())}"
         raise ValueError(f"targets {span} are not all among the {len(weight)} words of the vocabulary")
     plan = _Plan(Tiles.of(hidden, weight, chunk), temperature, entropy_gradient, kernels)
-    logprobs, entropy = _TokenLogprobs.apply(plan, hidden, weight, bias, targets)
+    logprobs, entropy = _TokenLogprobs.apply(plan, hidden, weight, bias, targets.contiguous())
     return logprobs, entropy if entropy_gradient else entropy.detach()
 
 
