@@ -4,7 +4,7 @@
 
 Times: all sides in alternation in one process. With one thread they are CPU seconds, which other work on the same cores
 disturbs little; with more, where threads wait for each other, seconds. Memory: on a CPU each side in a process of its
-own, the peak of its resident memory less what it had before the pass; on a GPU the allocator's peak less what was
+own, the peak of its anonymous memory less what it had before the pass; on a GPU the allocator's peak less what was
 allocated.
 """
 
@@ -14,16 +14,17 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from benchmarks import report
-from benchmarks.report import MIB, Timings, alternate, peak_rss
+from benchmarks.report import MIB, Timings, alternate
 from rlsys.algorithms.kernels.tiles import Tiles
 from rlsys.algorithms.logprobs import token_logprobs
 
@@ -153,11 +154,37 @@ def memory_here(name: str, which: str, tokens: int, words: int, device: str) -> 
         once(SIDES[name], inputs, which)
         extra = torch.cuda.max_memory_allocated() - before
     else:
-        before, peak_before = psutil.Process().memory_info().rss, peak_rss()
-        once(SIDES[name], inputs, which)
-        extra = max(peak_rss(), peak_before) - before
+        extra = anonymous_peak(lambda: once(SIDES[name], inputs, which))
     head = 0 if which == "forward" else inputs.weight.nbytes
     return {"side": name, "pass": which, "tokens": tokens, "words": words, "extra": extra, "head_gradient": head}
+
+
+def anonymous_peak(call: Callable[[], object]) -> int:
+    """Bytes of anonymous memory that the call adds at its peak, looked at every few milliseconds.
+
+    Not the whole resident set: where memory is scarce, the kernel takes pages of libraries out of that meanwhile.
+    """
+
+    def now() -> int:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.split("RssAnon:", 1)[1].split(maxsplit=1)[0]) * 1024
+
+    before = peak = now()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, now())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
+    return max(peak, now()) - before
 
 
 def memory(name: str, which: str, tokens: int, words: int, device: str) -> dict[str, Any]:
@@ -304,7 +331,7 @@ def main() -> None:
         "difference": agreement(min(tokens, 256), words, device),
         "dtype": "float32" if device == "cpu" else "bfloat16",
         "how_memory": (
-            "Each row is a process of its own: peak resident memory less what was resident before the pass."
+            "Each row is a process of its own: peak of its anonymous memory less what it had before the pass."
             if device == "cpu"
             else "Peak of the allocator less what was allocated before the pass."
         ),
