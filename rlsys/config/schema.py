@@ -219,9 +219,9 @@ class VllmRollout(_Rollout):
 
 @dataclass(frozen=True, kw_only=True)
 class TorchRollout(_Rollout):
-    """transformers' own generation: no vLLM needed, slower.
+    """A transformers model, decoded by rlsys itself: no vLLM needed.
 
-    max_concurrent: sequences in one call of ``generate``.
+    max_concurrent: sequences that are decoded at once.
     """
 
     engine: Literal["torch"]
