@@ -23,6 +23,10 @@ _CONTRACT = dict.fromkeys(
     ("logprobs_mode", "generation_config", "override_generation_config", "logits_processors", "max_logprobs"),
     "training needs the log-probs of the untruncated, tempered distribution that tokens were sampled from",
 )
+_SPECULATION = dict.fromkeys(
+    ("speculative_config", "spec_method", "spec_model", "spec_tokens"),
+    "with drafts, vLLM 0.32 gives some tokens a log-prob that is not theirs, and training needs the right one",
+)
 _WEIGHTS = dict.fromkeys(
     ("quantization_config", "load_format", "hf_overrides", "model_weights", "model_impl",
      "enable_lora", "skip_tokenizer_init", "runner", "convert", "tokens_only"),
@@ -41,19 +45,13 @@ _PARALLEL = {
 _SAFETY = {
     "trust_remote_code": "code from a model folder is never run",
     "enable_log_requests": "rollouts are written to the run folder",
-    "spec_method": "set rollout.engine_args.speculative_config",
-    "spec_model": "set rollout.engine_args.speculative_config",
-    "spec_tokens": "set rollout.engine_args.speculative_config",
     "watermark": "a watermark changes the distribution that is sampled from",
     "watermark_config": "a watermark changes the distribution that is sampled from",
 }
 # Weights that vLLM rounds itself while it loads, from the trainer's own: what arrives can be checked before it is
 # rounded.
 ONLINE_QUANTIZATION = ("fp8_per_tensor", "fp8_per_block", "fp8_per_channel")
-# A draft model of its own would have to be trained and sent along; a prefix of the prompt, or of the sequence itself,
-# not.
-_DRAFTS_WITHOUT_WEIGHTS = ("ngram", "suffix")
-OWNED: dict[str, str] = _ELSEWHERE | _CONTRACT | _WEIGHTS | _PARALLEL | _SAFETY
+OWNED: dict[str, str] = _ELSEWHERE | _CONTRACT | _SPECULATION | _WEIGHTS | _PARALLEL | _SAFETY
 
 
 def check_engine_args(engine_args: Mapping[str, Any], known: Collection[str]) -> None:
@@ -83,25 +81,4 @@ def check_engine_args(engine_args: Mapping[str, Any], known: Collection[str]) ->
             f"weights of quantization={quantization} are not made of the trainer's while they are loaded",
             where="rollout.engine_args.quantization",
             fix=f"one of: {', '.join(ONLINE_QUANTIZATION)}",
-        )
-    _check_speculation(engine_args.get("speculative_config"))
-
-
-def _check_speculation(given: Any) -> None:
-    """Drafts are accepted so that the distribution stays the sampler's; who makes them must not go stale."""
-    if given is None:
-        return
-    where = "rollout.engine_args.speculative_config"
-    method = given.get("method") if isinstance(given, Mapping) else None
-    if method is not None and given.get("rejection_sample_method", "standard") != "standard":
-        raise UserError(
-            "drafts that are not accepted by standard rejection change the distribution that is sampled from",
-            where=f"{where}.rejection_sample_method",
-            fix="leave it out",
-        )
-    if method not in _DRAFTS_WITHOUT_WEIGHTS:
-        raise UserError(
-            f"a draft model (method={method}) keeps the weights that it was started with while the policy moves away",
-            where=where,
-            fix=f"set its method to one that has no weights: {', '.join(_DRAFTS_WITHOUT_WEIGHTS)}",
         )
