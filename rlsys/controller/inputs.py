@@ -27,6 +27,7 @@ from rlsys.replay.pairs import PairStream, load_pairs
 from rlsys.rewards.compose import build_parts
 from rlsys.tracking.collapse import CollapseMonitor
 
+_TEACHER, _CRITIC = "algorithm.distillation.teacher_path", "trainer.critic.path"
 _CHECKED_PROMPTS = 20_000  # encoded before the run, so that one that is too long is found now; seconds
 
 
@@ -74,8 +75,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     tokenizer = load_tokenizer(str(folder))
     _check_contexts(config, tokenizer)
     config = _teacher(config, tokenizer)
-    critic = config.trainer.critic.path
-    critic_folder = str(find_model(critic)) if critic is not None and needs_critic(config) else str(folder)
+    critic_folder = _critic(config, folder, tokenizer)
     dataset = load_dataset(config.data)
     encoder = PromptEncoder(
         tokenizer,
@@ -138,7 +138,7 @@ def _teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RunConfig
     """The configuration with the folder of a teacher of its own.
 
     Raises:
-        UserError: it has another vocabulary than the policy.
+        UserError: it has another vocabulary than the policy, or no room for the longest sequence that it is shown.
     """
     distillation = config.algorithm.distillation
     if not needs_teacher(config) or distillation.teacher != "model":
@@ -146,21 +146,51 @@ def _teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RunConfig
     if not distillation.teacher_path:
         raise UserError(
             "the teacher is a model of its own, and none is named",
-            where="algorithm.distillation.teacher_path",
+            where=_TEACHER,
             fix="give a Hugging Face folder or hub id, or another algorithm.distillation.teacher",
         )
-    folder = find_model(distillation.teacher_path)
-    mine, theirs = tokenizer.get_vocab(), load_tokenizer(str(folder)).get_vocab()
+    folder = find_model(distillation.teacher_path, where=_TEACHER)
+    _same_vocabulary(tokenizer, folder, "teacher", where=_TEACHER)
+    _check_teacher_length(folder, config)
+    named = replace(distillation, teacher_path=str(folder))
+    return replace(config, algorithm=replace(config.algorithm, distillation=named))
+
+
+def _critic(config: RunConfig, policy: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The folder that the critic starts from: one of its own, or the policy's.
+
+    Raises:
+        UserError: it has another vocabulary than the policy, or no room for the longest prompt and response.
+    """
+    path = config.trainer.critic.path
+    if path is None or not needs_critic(config):
+        return str(policy)
+    folder = find_model(path, where=_CRITIC)
+    _same_vocabulary(tokenizer, folder, "critic", where=_CRITIC)
+    limit, longest = _context(folder), config.data.max_prompt_tokens + config.data.max_response_tokens
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"prompt and response may take {longest} tokens, and the critic allows {limit}",
+            where=_CRITIC,
+            fix="use a critic with a longer context, or shorten data.max_prompt_tokens or data.max_response_tokens to "
+            f"{limit} together",
+        )
+    return str(folder)
+
+
+def _same_vocabulary(policy: PreTrainedTokenizerBase, folder: Path, whose: str, *, where: str) -> None:
+    """Raises:
+    UserError: the model in ``folder``, which reads the policy's tokens, has other words for them.
+    """
+    mine, theirs = policy.get_vocab(), load_tokenizer(str(folder), where=where).get_vocab()
     if mine != theirs:
         differ = sum(theirs.get(word) != number for word, number in mine.items())
         raise UserError(
-            f"the policy's tokenizer has {len(mine)} words and the teacher's {len(theirs)}, and {differ} of the "
-            "policy's are others to the teacher",
-            where="algorithm.distillation.teacher_path",
-            fix="use a teacher with the policy's tokenizer",
+            f"the policy's tokenizer has {len(mine)} words and the {whose}'s {len(theirs)}, and {differ} of the "
+            f"policy's are others to the {whose}",
+            where=where,
+            fix=f"use a {whose} with the policy's tokenizer",
         )
-    named = replace(distillation, teacher_path=str(folder))
-    return replace(config, algorithm=replace(config.algorithm, distillation=named))
 
 
 def _pairs(
@@ -191,23 +221,26 @@ def _pairs(
     return PairStream(found, pairs_per_step=replay.pairs_per_step, seed=config.seed), held_out
 
 
-def find_model(path: str) -> Path:
+def find_model(path: str, *, where: str = "model.path") -> Path:
     """The folder of a bundled model, a local one, or one of the hub (downloaded into its cache).
+
+    Args:
+        where: the config key that names it, for the error message.
 
     Raises:
         UserError: not a model folder with config and weights, and not on the hub.
     """
     folder = Path(bundled_model(path)).expanduser()
     if not folder.is_dir():
-        folder = _download(path)
+        folder = _download(path, where)
     if not (folder / "config.json").is_file():
         raise UserError(
-            "the model folder has no config.json", where=str(folder), fix="give a Hugging Face model folder"
+            "the model folder has no config.json", where=f"{where}={folder}", fix="give a Hugging Face model folder"
         )
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             "the model folder has no weights (*.safetensors; other formats hold pickles and are not read)",
-            where=str(folder),
+            where=f"{where}={folder}",
             fix="save the model with save_pretrained, which writes safetensors",
         )
     return folder.absolute()
@@ -222,7 +255,7 @@ def count_parameters(folder: Path) -> int:
     return total
 
 
-def _download(path: str) -> Path:
+def _download(path: str, where: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -232,25 +265,32 @@ def _download(path: str) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"there is no model folder '{path}', and the hub does not give one: {reason}",
-            where="model.path",
+            where=where,
             fix="give an existing folder, a hub id such as Qwen/Qwen3-0.6B, or bundled:arithmetic",
         ) from error
 
 
-def _check_length(folder: Path, config: RunConfig) -> None:
-    limit = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
-    max_length = config.data.max_prompt_tokens + config.data.max_response_tokens
-    if (
-        limit is not None
-        and needs_teacher(config)
-        and config.hints.max_tokens + config.data.max_response_tokens > limit
-    ):
+def _context(folder: Path) -> int | None:
+    """Longest sequence of the model, in tokens; None: it does not say."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+
+
+def _check_teacher_length(folder: Path, config: RunConfig) -> None:
+    """folder: of the model that is shown the teacher's prompt."""
+    limit, longest = _context(folder), config.hints.max_tokens + config.data.max_response_tokens
+    if limit is not None and longest > limit:
         raise UserError(
             f"a teacher's prompt and the response may take {config.hints.max_tokens} + "
-            f"{config.data.max_response_tokens} tokens, and the model allows {limit}",
+            f"{config.data.max_response_tokens} tokens, and the teacher allows {limit}",
             where="hints.max_tokens",
             fix=f"set hints.max_tokens={max(limit - config.data.max_response_tokens, 1)} or less",
         )
+
+
+def _check_length(folder: Path, config: RunConfig) -> None:
+    limit, max_length = _context(folder), config.data.max_prompt_tokens + config.data.max_response_tokens
+    if needs_teacher(config) and config.algorithm.distillation.teacher != "model":
+        _check_teacher_length(folder, config)
     if limit is not None and max_length > limit:
         raise UserError(
             f"prompt and response may take {max_length} tokens, and the model allows {limit}",

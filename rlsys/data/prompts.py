@@ -16,8 +16,11 @@ from rlsys.data.base import Message, Row
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, *, where: str = "model.path") -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Code that comes with the folder is not run.
+
+    Args:
+        where: the config key that names it, for the error message.
 
     Raises:
         UserError: there is no such folder, or no tokenizer in it that this version of transformers knows.
@@ -25,12 +28,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(
-            "there is no such model folder", where=f"model.path={folder}", fix="give a Hugging Face model folder"
+            "there is no such model folder", where=f"{where}={folder}", fix="give a Hugging Face model folder"
         )
     if not any(match for name in _VOCABULARIES for match in folder.glob(name)):
         raise UserError(
             "the model folder has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)",
-            where=f"model.path={folder}",
+            where=f"{where}={folder}",
             fix="copy the tokenizer's files of the model that it was trained from into the folder",
         )
     try:
@@ -38,7 +41,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     except Exception as error:
         raise UserError(
             f"the tokenizer cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
-            where=f"model.path={folder}",
+            where=f"{where}={folder}",
             fix="check the tokenizer's files; code that comes with a model is not run",
         ) from error
 
