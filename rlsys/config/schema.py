@@ -156,7 +156,8 @@ class RewardConfig:
     workers: processes that compute rewards.
     timeout_s: time limit of one call.
     max_failure_rate: fraction of a step's samples whose reward may raise or time out before the run stops.
-    permute: rewards are permuted over the batch before advantages: the control that must not learn.
+    permute: rewards are permuted over the batch before advantages: the control that must not learn. Refused beside
+        channels that see the true rewards: pairs from groups, teachers that are shown siblings or feedback.
     """
 
     parts: dict[str, RewardPart]

@@ -50,6 +50,7 @@ def try_out(config: RunConfig) -> None:
     _loss_fits(config)
     _aggregation_fits(config)
     _teacher_fits(config)
+    _control_fits(config)
     estimators.try_out(algorithm.advantage, algorithm.advantage_options)
     kept(algorithm.filters, torch.tensor([0.0, 1.0]), ["a", "a"])
     channels = objective(config)
@@ -123,6 +124,23 @@ def _teacher_fits(config: RunConfig) -> None:
                 where=f"{where}.{option}",
                 fix=f"set {where}.teacher={same}, or a value between 0 and 1",
             )
+
+
+def _control_fits(config: RunConfig) -> None:
+    """With permuted rewards nothing may be learnt; a channel that learns from the true ones makes that no control."""
+    if not config.reward.permute:
+        return
+    algorithm, reason = config.algorithm, None
+    shown = [source for source in config.hints.source if source in ("sibling", "feedback")]
+    if algorithm.preference.weight and config.replay.source == "groups":
+        reason, fix = "pairs are made of the groups' true rewards", "set algorithm.preference.weight=0"
+    elif needs_teacher(config) and shown:
+        reason = f"the teacher is shown what the true rewards say (hints.source: {', '.join(shown)})"
+        fix = "set algorithm.distillation.weight=0 and leave algorithm.distillation.hybrid out"
+    if reason:
+        raise UserError(
+            f"permuted rewards are the control that must not learn, and {reason}", where="reward.permute", fix=fix
+        )
 
 
 def _try_channels(channels: Objective) -> None:

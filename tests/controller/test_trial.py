@@ -47,6 +47,24 @@ def test_a_teacher_that_is_one_of_another_name_is_refused(teacher: str, option: 
     try_out(with_leaves(config, {f"{DISTILLATION}.{option}": value} | nobody_taught))
 
 
+@pytest.mark.parametrize(
+    ("leaves", "says"),
+    [
+        ({"algorithm.preference.weight": 0.1}, "pairs are made of"),
+        ({f"{DISTILLATION}.weight": 0.1, "hints.source": ["hint", "sibling"]}, "sibling"),
+        ({f"{DISTILLATION}.hybrid": 0.5, "hints.source": ["feedback"]}, "feedback"),
+    ],
+)
+def test_a_control_whose_other_channels_see_the_true_rewards_is_refused(leaves: dict[str, object], says: str) -> None:
+    config = run_config("reward.permute=true", "trainer.micro_batch_tokens=100000")
+    try_out(config)
+    with pytest.raises(UserError, match=says) as error:
+        try_out(with_leaves(config, leaves))
+    assert error.value.where == "reward.permute"
+    try_out(with_leaves(config, leaves | {"reward.permute": False}))
+    try_out(with_leaves(config, leaves | {"hints.source": ["hint"], "replay.source": "file"}))
+
+
 def test_a_loss_without_channels_is_refused() -> None:
     with pytest.raises(UserError, match="no channel") as error:
         try_out(with_leaves(run_config(), {"algorithm.weight": 0.0}))
