@@ -67,7 +67,7 @@ class Collector:
             "filter/groups": float(_groups(experience)),
             "filter/generated": float(experience.generated),
         }
-        experience = experience if len(experience) else first
+        experience = experience if len(experience) else experience.first(first.generated)
         return experience, _lookup(greedy, experience), metrics
 
     def _play(self, prompts: DataProto, recorded_rows: int) -> Experience:

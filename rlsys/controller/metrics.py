@@ -13,21 +13,23 @@ from rlsys.workers.experience import Experience
 
 
 def experience_metrics(experience: Experience, config: RunConfig, *, step: int) -> dict[str, float]:
-    """``reward/…`` and ``rollout/…``: rewards and their parts, lengths, truncation, staleness.
+    """``reward/…`` of the rows that are trained on: rewards and their parts; ``rollout/…`` and ``failures/…`` of all
+    that were generated, those that filters dropped included: number, lengths, truncation, staleness.
 
     Args:
         step: of the weights that the trainer had when it was given the samples.
     """
-    rewards, lengths = experience.rewards.astype(np.float64), experience.rollout("response_lengths")
+    rewards, generated = experience.rewards.astype(np.float64), experience.everything
+    lengths = generated.rollout("response_lengths")
     metrics = {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),
-        "rollout/truncated": float((experience.rollout("finish_reasons") == "length").mean()),
-        "rollout/repetition": float(experience.rollout("repetition").mean()),
-        "rollout/samples": float(len(experience)),
-        "rollout/tokens": float(experience.rollout("sampled_tokens").sum()),
+        "rollout/truncated": float((generated.rollout("finish_reasons") == "length").mean()),
+        "rollout/repetition": float(generated.rollout("repetition").mean()),
+        "rollout/samples": float(len(generated)),
+        "rollout/tokens": float(generated.rollout("sampled_tokens").sum()),
         "rollout/staleness": float(experience.staleness(step)),
         "failures/reward": float(len(experience.failures())),
     }
@@ -38,7 +40,8 @@ def experience_metrics(experience: Experience, config: RunConfig, *, step: int) 
 
 
 def hint_metrics(experience: Experience) -> dict[str, float]:
-    """``hints/…``: how many samples got a teacher's context, from which source, and how many were cut."""
+    """``hints/…``: how many of all samples that were generated got a teacher's context, from which source, and how many
+    were cut."""
     found = [shard.reward.hints for shard in experience.shards if shard.reward.hints is not None]
     if not found:
         return {}

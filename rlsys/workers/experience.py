@@ -68,6 +68,15 @@ class Experience:
         """These of the B rows alone (mask [B])."""
         return replace(self, kept=self._kept(np.arange(self.generated))[rows])
 
+    @property
+    def everything(self) -> Experience:
+        """All rows that were generated, also those that filters dropped."""
+        return replace(self, kept=None)
+
+    def first(self, rows: int) -> Experience:
+        """The first of all rows are trained on, whatever was dropped; the others were generated all the same."""
+        return replace(self, kept=np.arange(rows))
+
     def followed_by(self, other: Experience) -> Experience:
         """Rows of both."""
         kept = [e._kept(np.arange(e.generated)) for e in (self, other)]

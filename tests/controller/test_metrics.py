@@ -27,6 +27,24 @@ def test_experience_metrics_are_means_over_rows() -> None:
     assert metrics["failures/reward"] == 0.0
 
 
+def test_what_filters_dropped_was_generated_and_is_not_trained_on() -> None:
+    """Sampling counts and lengths are of all rows, rewards of those that are trained on."""
+    whole = make_experience([[10, 50], [20, 20]], shards=2, rewards=[0.0, 1.0, 1.0, 1.0])
+    more = make_experience([[7, 3]], rewards=[1.0, 1.0])
+    dropped, refilled = np.array([True, True, False, False]), np.zeros(2, dtype=bool)
+    kept = whole.keep(dropped).followed_by(more.keep(refilled))
+    metrics = experience_metrics(kept, run_config(), step=0)
+    assert len(kept) == 2
+    assert metrics["reward/mean"] == 0.5
+    assert (metrics["rollout/samples"], metrics["rollout/tokens"]) == (6.0, 110.0)
+    assert metrics["rollout/length_mean"] == pytest.approx(110 / 6)
+    assert metrics["rollout/truncated"] == pytest.approx(1 / 6)
+
+    none = whole.keep(refilled.repeat(2)).followed_by(more.keep(refilled)).first(whole.generated)
+    assert none.rewards.tolist() == [0.0, 1.0, 1.0, 1.0]
+    assert experience_metrics(none, run_config(), step=0)["rollout/tokens"] == 110.0
+
+
 def test_a_part_that_was_gated_everywhere_has_no_mean() -> None:
     experience = make_experience([[1, 1]])
     shard = experience.shards[0]

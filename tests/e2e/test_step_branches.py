@@ -77,10 +77,11 @@ def test_groups_without_signal_are_replaced_until_the_batch_has_its_size(run: Ru
         "generated": 7 * SAMPLES,
         "zero_variance_dropped": 3,
     }
-    assert first["rollout/samples"] == second["rollout/samples"] == GROUPS * SAMPLES
+    assert (first["rollout/samples"], second["rollout/samples"]) == (7 * SAMPLES, GROUPS * SAMPLES)  # dropped ones too
     assert (second["filter/rounds"], second["filter/generated"]) == (0, GROUPS * SAMPLES)
     assert first["advantage/groups_without_signal"] == 0
-    assert first["policy/tokens"] == first["rollout/tokens"]  # of both updates, and of no dropped group
+    assert 0 < first["policy/tokens"] < first["rollout/tokens"]
+    assert second["policy/tokens"] == second["rollout/tokens"]  # of both updates, and of no dropped group
     recorded = by_group(rollouts(tmp_path))
     assert [group[0]["prompt"] for group in recorded.values()] == PROMPTS[:4]
     for group in recorded.values():
@@ -94,7 +95,7 @@ def test_out_of_refills_a_step_goes_on_with_fewer_groups(run: Run, model: Path, 
     assert run(tmp_path, *overrides, recipe="dapo_qwen") == 0
     (step,) = steps_of(only_run(tmp_path))
     assert (step["filter/rounds"], step["filter/groups"], step["filter/generated"]) == (1, 3, 6 * SAMPLES)
-    assert step["rollout/samples"] == 3 * SAMPLES
+    assert step["rollout/samples"] == step["filter/generated"]
 
 
 @pytest.mark.parametrize("kept", [0, 1])
@@ -107,8 +108,8 @@ def test_fewer_groups_than_updates_are_a_small_step_and_no_error(
     assert run(tmp_path, *overrides, recipe="dapo_qwen") == 0
     (step,) = steps_of(only_run(tmp_path))
     assert step["filter/groups"] == kept
-    assert step["rollout/samples"] == (kept or GROUPS) * SAMPLES
-    assert step["policy/tokens"] == step["rollout/tokens"]
+    assert step["rollout/samples"] == GROUPS * SAMPLES
+    assert (step["policy/tokens"] == step["rollout/tokens"]) is (kept == 0)
     assert (step["train/grad_norm"] > 0) is (kept > 0)
     assert step["train/skipped"] == 0
 
