@@ -56,7 +56,7 @@ class WholeBatches:
             return []
         device = self._model.device
         longest = max(len(s.prompt) for s in batch)
-        pad = self._end_ids[0] if self._end_ids else 0
+        pad = 0  # any word: it is masked before a prompt, and dropped after a response
         input_ids = torch.full((len(batch), longest), pad, dtype=torch.int64)
         mask = torch.zeros_like(input_ids)
         for row, sequence in enumerate(batch):
