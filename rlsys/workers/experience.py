@@ -20,6 +20,7 @@ from rlsys.workers.trainer import Slice
 from rlsys.workers.waits import Call, StopFlag, as_completed, gather
 
 SHARDS_PER_WORKER = 4  # so that rewards of the first are computed while the last is still sampled
+_MANY_SHARDS = 64  # beyond, several of one worker gain nothing: the workers themselves end at different times
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,14 @@ class Experience:
 
     def slices(self, rows: np.ndarray, columns: Sequence[int]) -> list[Slice]:
         """These of the B rows (ascending) as slices of their shards, with the columns at these positions."""
-        pieces, start = [], 0
         rows = rows if self.kept is None else self.kept[rows]
-        for shard in self.shards:
-            inside = rows[(rows >= start) & (rows < start + len(shard.rollout))] - start
-            if len(inside):
-                pieces.append(Slice(tuple(shard.columns[c] for c in columns), inside))
-            start += len(shard.rollout)
-        return pieces
+        starts = np.cumsum([0, *(len(shard.rollout) for shard in self.shards)])
+        edges = np.searchsorted(rows, starts)
+        return [
+            Slice(tuple(shard.columns[c] for c in columns), rows[first:last] - start)
+            for shard, start, first, last in zip(self.shards, starts[:-1], edges[:-1], edges[1:], strict=True)
+            if last > first
+        ]
 
 
 def collect(
@@ -132,11 +133,13 @@ def collect(
 
     Args:
         record_rows: so many rows, from the first, come back in full for people to read.
-        shards_per_worker: 1 keeps the composition of the sampler's batches the same from run to run.
+        shards_per_worker: fewer where there are many workers. 1 keeps the composition of the sampler's batches the same
+            from run to run.
         train: whether what the loss needs beside rewards is written too.
     """
     clock = [time.monotonic()]
-    pieces = list(_cut(prompts, len(rollout) * shards_per_worker))
+    workers = len(rollout)
+    pieces = list(_cut(prompts, max(workers, min(workers * shards_per_worker, _MANY_SHARDS))))
     calls = rollout.generate(pieces, request)
     order = {call.ref: index for index, call in enumerate(calls)}
     sampled: dict[int, RolloutSummary] = {}
@@ -171,7 +174,7 @@ def collect(
 def _cut(prompts: DataProto, shards: int) -> Iterator[DataProto]:
     """At most ``shards`` nearly equal runs of consecutive prompts."""
     for rows in np.array_split(np.arange(len(prompts)), min(shards, len(prompts))):
-        yield prompts.select_idxs(rows)
+        yield prompts.slice(int(rows[0]), int(rows[-1]) + 1)  # a view: it is copied once, into the object store
 
 
 def assign(experience: Experience, *, ranks: int, updates: int) -> list[list[np.ndarray]]:

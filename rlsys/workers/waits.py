@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
@@ -79,16 +82,26 @@ def as_completed(
     """
     pending = {call.ref: call for call in calls}
     deadline = time.monotonic() + seconds
+    # Ray tells when an answer is there. Asking it for the next one of n would look at all n, each time.
+    ended: SimpleQueue[tuple[Call, Future]] = SimpleQueue()
+    for call in pending.values():
+        call.ref.future().add_done_callback(partial(_note, ended, call))
     while pending:
         if stop is not None:
             stop.check()
         left = deadline - time.monotonic()
         if left <= 0:
             raise DeadlineExceeded(_late(list(pending.values()), phase, seconds))
-        done, _ = ray.wait(list(pending), num_returns=1, timeout=min(left, _POLL_S), fetch_local=False)
-        for ref in done:
-            call = pending.pop(ref)
-            yield call, fetch(call, phase, seconds, deadline)
+        try:
+            call, future = ended.get(timeout=min(left, _POLL_S))
+        except Empty:
+            continue
+        del pending[call.ref]
+        yield call, future.result() if future.exception() is None else fetch(call, phase, seconds, deadline)
+
+
+def _note(ended: SimpleQueue[tuple[Call, Future]], call: Call, future: Future) -> None:
+    ended.put((call, future))
 
 
 def gather(calls: Sequence[Call], *, phase: str, seconds: float, stop: StopFlag | None = None) -> list[Any]:
