@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from rlsys.batch import DataProto, jagged
+from rlsys.checkpoint.shards import Shard
 from rlsys.engines.train import init_process_group
 
 
@@ -98,4 +101,17 @@ def process_group(rank: int = 0, world_size: int = 1, port: int | None = None) -
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        deepspeed = sys.modules.get("deepspeed.comm.comm")  # remembers groups, which a later one here must not meet
+        owner = dist if deepspeed is None or deepspeed.cdb is None else deepspeed
+        owner.destroy_process_group()
+
+
+def whole(shards: dict[str, Shard]) -> dict[str, torch.Tensor]:
+    """What the ranks hold together; a collective."""
+    result = {}
+    for name, shard in shards.items():
+        mine, full = shard.share(), torch.zeros(math.prod(shard.shape))
+        full[mine.start : mine.stop] = mine.local.detach().reshape(-1)
+        dist.all_reduce(full)
+        result[name] = full.view(shard.shape)
+    return result

@@ -158,6 +158,18 @@ def cross_check(config: RunConfig) -> None:
             where="trainer.micro_batch_tokens",
             fix=f"set trainer.micro_batch_tokens={sample} or more, or shorten data.max_response_tokens",
         )
+    if trainer.ranks is not None and trainer.shard_ranks is not None and trainer.ranks % trainer.shard_ranks:
+        raise UserError(
+            f"{trainer.ranks} trainer ranks cannot be divided into groups of {trainer.shard_ranks}",
+            where="trainer.shard_ranks",
+            fix=f"choose a divisor of {trainer.ranks}",
+        )
+    if trainer.backend == "fsdp" and trainer.offload == "optimizer":
+        raise UserError(
+            "FSDP2 keeps the optimiser where the weights are: it offloads both or neither",
+            where="trainer.offload",
+            fix="trainer.offload=all, or trainer=zero3",
+        )
     if data.prompts_per_step % trainer.updates_per_step:
         raise UserError(
             f"{data.prompts_per_step} prompt groups cannot be divided over {trainer.updates_per_step} optimiser steps",

@@ -188,6 +188,11 @@ _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
         "only packed rows share a prompt: set trainer.packing=true",
     ),
     ("trainer.critic.value_clip", lambda c: c.trainer.updates_per_step == 1, _CLIPS),
+    (
+        "trainer.shard_ranks",
+        lambda c: c.trainer.backend != "fsdp",
+        "ZeRO-3 spreads weights over all ranks: leave it out, or use trainer=fsdp",
+    ),
     *(
         (f"algorithm.distillation.{key}", _no_distillation, _NO_CHANNEL.format("algorithm.distillation"))
         for key in (
@@ -322,6 +327,7 @@ _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
 _IGNORED_ON: list[tuple[str, Callable[[int], bool], str]] = [
     ("rollout.kv_cache_gib", lambda gpus: gpus > 0, "on a GPU set rollout.gpu_memory_fraction"),
     ("rollout.gpu_memory_fraction", lambda gpus: gpus == 0, "without a GPU set rollout.kv_cache_gib"),
+    ("trainer.offload", lambda gpus: gpus == 0, "everything is in main memory already: leave it out"),
 ]
 
 

@@ -20,6 +20,7 @@ from rlsys.data.base import load_dataset
 from rlsys.data.prompts import PromptEncoder, load_tokenizer
 from rlsys.data.sampler import PromptStream, held_out_batch
 from rlsys.engines.rollout.vllm_args import check_engine_args
+from rlsys.engines.train import check_backend
 from rlsys.environments.base import ENVIRONMENTS
 from rlsys.replay.functional import functional_pattern
 from rlsys.replay.hints import TeacherContexts
@@ -55,6 +56,7 @@ def check_inputs(config: RunConfig) -> Inputs:
         UserError: model, tokenizer, data, reward, estimator, loss, guard or environment cannot be used.
     """
     try_out(config)
+    check_backend(config.trainer)
     ENVIRONMENTS.get(config.rollout.environment, where="rollout.environment")
     build_parts(config.reward.parts)
     CollapseMonitor(config.guards.limits, config.guards.every)

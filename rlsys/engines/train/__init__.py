@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
+from typing import TYPE_CHECKING
+
+from rlsys.config.errors import UserError
 from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
 from rlsys.engines.train.base import TrainEngine
 from rlsys.engines.train.collectives import init_process_group
 
-__all__ = ["TrainEngine", "init_process_group", "load_engine"]
+if TYPE_CHECKING:
+    from rlsys.engines.train.engine import ShardedEngine
+
+__all__ = ["TrainEngine", "check_backend", "init_process_group", "load_engine"]
+
+
+def check_backend(trainer: TrainerConfig) -> None:
+    """That the back end's package is installed, without importing it.
+
+    Raises:
+        UserError: it is not.
+    """
+    if trainer.backend == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "ZeRO-3 is DeepSpeed's, which is not installed",
+            where="trainer.backend",
+            fix="pip install rlsys[deepspeed], or trainer=fsdp",
+        )
 
 
 def load_engine(
@@ -27,10 +48,12 @@ def load_engine(
         seed: of the run.
         distillation: the teacher that a channel of the objective asks for; None: none does.
         critic: a value model instead of a policy.
-    """
-    from rlsys.engines.train.fsdp import FsdpEngine  # transformers takes seconds to import, the driver never needs it
 
-    return FsdpEngine.load(
+    Raises:
+        UserError: the back end is not installed or cannot do what ``trainer`` says, or the model cannot be used.
+    """
+    check_backend(trainer)
+    return _engine(trainer.backend).load(
         model,
         trainer,
         temperature=temperature,
@@ -39,3 +62,14 @@ def load_engine(
         distillation=distillation,
         critic=critic,
     )
+
+
+def _engine(backend: str) -> type[ShardedEngine]:
+    # Imported here: transformers takes seconds, and the driver never needs it.
+    if backend == "zero3":
+        from rlsys.engines.train.zero3 import Zero3Engine
+
+        return Zero3Engine
+    from rlsys.engines.train.fsdp import FsdpEngine
+
+    return FsdpEngine

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from rlsys.algorithms.schedules import no_decay
 from rlsys.checkpoint.shards import Shard
+from rlsys.config.errors import UserError
 from rlsys.config.schema import TrainerConfig
 from rlsys.engines.train.base import ShardedModel, TrainedModel
 from rlsys.engines.train.collectives import training_device
 from rlsys.engines.train.engine import ShardedEngine
 from rlsys.engines.train.model import PREFIX, PolicyModel, ValueModel
+from rlsys.engines.train.optimizer import adamw
 from rlsys.engines.train.state import MOMENTS
 
 
@@ -28,7 +32,7 @@ class FsdpEngine(ShardedEngine):
         return FsdpTrained(model, trainer, dtype)
 
     @staticmethod
-    def freeze(model: PolicyModel, trainer: TrainerConfig, dtype: torch.dtype) -> ShardedModel:
+    def freeze(model: PolicyModel, trainer: TrainerConfig, dtype: torch.dtype, *, moves: bool) -> ShardedModel:
         return FsdpModel(model, trainer, dtype)
 
 
@@ -36,7 +40,7 @@ class FsdpModel:
     """See ShardedModel."""
 
     def __init__(self, model: PolicyModel | ValueModel, trainer: TrainerConfig, dtype: torch.dtype) -> None:
-        _shard(model, dtype)
+        _shard(model, trainer, dtype)
         self.model = model
         self.parameters: dict[str, DTensor] = {
             name.removeprefix(PREFIX): parameter for name, parameter in model.named_parameters()
@@ -59,7 +63,8 @@ class FsdpTrained(FsdpModel):
     def __init__(self, model: PolicyModel | ValueModel, trainer: TrainerConfig, dtype: torch.dtype) -> None:
         super().__init__(model, trainer, dtype)
         self.parameter_count = sum(parameter.numel() for parameter in self.parameters.values())
-        self.optimizer = _adamw(self.parameters, trainer)
+        self.run: Callable[..., Any] = model
+        self.optimizer = adamw(self.parameters, trainer)
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -97,37 +102,60 @@ class FsdpTrained(FsdpModel):
 
 def _slice(tensor: DTensor) -> Shard:
     """FSDP2 cuts rows into equal chunks, rounded up, so that the last ranks may have fewer or none."""
-    local, ranks = tensor.detach().to_local(), dist.get_world_size()
-    rows = min(dist.get_rank() * -(-tensor.shape[0] // ranks), tensor.shape[0])
-    return Shard(local, tuple(tensor.shape), rows * math.prod(tensor.shape[1:]))
+    local, mesh = tensor.detach().to_local(), tensor.device_mesh
+    ranks, rank = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
+    rows = min(rank * -(-tensor.shape[0] // ranks), tensor.shape[0])
+    copies, copy = (mesh.size(0), mesh.get_local_rank(0)) if mesh.ndim > 1 else (1, 0)
+    return Shard(local, tuple(tensor.shape), rows * math.prod(tensor.shape[1:]), copies, copy)
 
 
-def _shard(model: PolicyModel | ValueModel, dtype: torch.dtype) -> None:
+def _mesh(trainer: TrainerConfig) -> DeviceMesh:
+    """All ranks in one dimension, or copies × the ranks that one copy is spread over; neighbours share a copy, which is
+    what a fast network joins.
+
+    Raises:
+        UserError: the ranks do not divide.
+    """
+    ranks, device = dist.get_world_size(), training_device().type
+    shard = trainer.shard_ranks or ranks
+    if ranks % shard:
+        raise UserError(
+            f"{ranks} trainer ranks cannot be divided into groups of {shard}",
+            where="trainer.shard_ranks",
+            fix=f"choose a divisor of {ranks}",
+        )
+    if shard == ranks:
+        return init_device_mesh(device, (ranks,))
+    return init_device_mesh(device, (ranks // shard, shard), mesh_dim_names=("replicate", "shard"))
+
+
+def _shard(model: PolicyModel | ValueModel, trainer: TrainerConfig, dtype: torch.dtype) -> None:
     """One FSDP unit a decoder layer; embedding, final norm and head in the root's. Gradients are summed over ranks (and
-    not averaged), in float32: the loss is divided by the global normaliser already."""
-    mesh = init_device_mesh(training_device().type, (dist.get_world_size(),))
-    precision = (
-        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        if dtype != torch.float32
-        else MixedPrecisionPolicy()
-    )
-    for layer in getattr(model.lm.base_model, "layers", ()):
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
+    not averaged), in float32: the loss is divided by the global normaliser already.
+
+    Raises:
+        UserError: FSDP2 cannot do what ``trainer`` asks for.
+    """
+    if trainer.offload == "optimizer":
+        raise UserError(
+            "FSDP2 keeps the optimiser where the weights are: it offloads both or neither",
+            where="trainer.offload",
+            fix="trainer.offload=all, or trainer=zero3",
+        )
+    cuda = training_device().type == "cuda"
+    options: dict[str, Any] = {"mesh": _mesh(trainer), "mp_policy": MixedPrecisionPolicy()}
+    if dtype != torch.float32:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if trainer.offload == "all":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=cuda)
+    layers = list(getattr(model.lm.base_model, "layers", ()))
+    for layer in layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-
-
-def _adamw(parameters: dict[str, DTensor], trainer: TrainerConfig) -> torch.optim.AdamW:
-    decayed = [p for name, p in parameters.items() if not no_decay(name, p.ndim)]
-    plain = [p for name, p in parameters.items() if no_decay(name, p.ndim)]
-    groups = [{"params": decayed, "weight_decay": trainer.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=trainer.lr,
-        betas=(trainer.beta1, trainer.beta2),
-        eps=trainer.eps,
-        fused=True,
-    )
+    if cuda:  # a layer's weights are asked for one layer earlier than its own forward pass would
+        for layer, after in itertools.pairwise(layers):
+            layer.set_modules_to_forward_prefetch([after])

@@ -1,8 +1,9 @@
-"""The processes of the multi-rank test: the same training with 1, 2 and 4 ranks, one group after the other.
+"""The processes of the multi-rank test: the same training on both back ends with 1, 2 and 4 ranks, one group after the
+other.
 
     python ranks.py MODEL_FOLDER OUTPUT_FOLDER
 
-Rank 0 of each group writes what it saw: ``<ranks>.json`` (metrics) and ``<ranks>.safetensors`` (gradients, weights).
+Rank 0 of each group writes what it saw: ``<back end>-<ranks>.json`` (metrics), ``….safetensors`` (gradients, weights).
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from training_batches import composed_batch, free_port, process_group
+from training_batches import composed_batch, free_port, process_group, whole
 
 from rlsys.algorithms.channels import Distillation, PolicyGradient, Preference
 from rlsys.algorithms.objective import DivergencePass, Objective
 from rlsys.batch import DataProto, jagged
 from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
-from rlsys.engines.train import load_engine
-from rlsys.engines.train.fsdp import FsdpEngine
+from rlsys.engines.train import TrainEngine, load_engine
+from rlsys.engines.train.engine import ShardedEngine
 
 OBJECTIVE = Objective(
     {
@@ -34,7 +35,17 @@ OBJECTIVE = Objective(
 TEACHER = DistillationConfig(weight=0.5, teacher="ema", teacher_rate=0.3)
 ROWS = 9  # on 4 ranks: 5, 3, 1 and none
 SHARES = {1: [9], 2: [7, 2], 4: [5, 3, 1, 0]}
-BUDGETS = {1: 4000, 2: 200, 4: 260}
+BUDGETS = {1: 4000, 2: 130, 4: 130}
+# DeepSpeed numbers the parameters of a process and compares the numbers over ranks: the most ranks come first.
+GROUPS = [(backend, ranks) for ranks in (4, 2, 1) for backend in ("fsdp", "zero3")]
+WRITERS = ("zero3", "fsdp")  # in the order in which their checkpoints are read: the last one is gone on from
+# Whatever spares memory changes no number.
+OPTIONS: dict[tuple[str, int], dict[str, Any]] = {
+    ("fsdp", 4): {"shard_ranks": 2},
+    ("zero3", 4): {"offload": "all"},
+    ("zero3", 2): {"packing": False, "micro_batch_tokens": 260, "activations": "recompute"},
+    ("zero3", 1): {"offload": "optimizer"},
+}
 
 
 def share_of(batch: DataProto, rank: int, ranks: int) -> DataProto:
@@ -52,17 +63,29 @@ def share_of(batch: DataProto, rank: int, ranks: int) -> DataProto:
     return DataProto.from_dict(tensors=tensors)
 
 
-def tensors_of(engine: FsdpEngine, what: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole gradients or moments; a collective."""
-    for name, parameter in engine._trained.parameters.items():
-        held = parameter.grad if what == "grad" else engine._trained.optimizer.state[parameter][what]
-        yield f"{what}/{name}", held.full_tensor().clone()
+def weights_of(engine: TrainEngine, label: str) -> dict[str, torch.Tensor]:
+    return {f"{label}/{name}": weight.clone() for name, weight in engine.export_weights(torch.float32)}
 
 
-def train(rank: int, ranks: int, model: Path, output: Path) -> None:
-    trainer = TrainerConfig(lr=1e-2, micro_batch_tokens=BUDGETS[ranks], logprob_chunk_tokens=17)
+def state_of(engine: ShardedEngine, label: str) -> dict[str, torch.Tensor]:
+    """Weights, moments and the teacher's weights, whole; a collective."""
+    assert engine._teacher is not None
+    moments = {f"{label}/{name}": tensor for name, tensor in whole(engine._trained.moments()).items()}
+    teacher = {f"{label}/teacher/{name}": tensor for name, tensor in whole(engine._teacher.saved).items()}
+    return weights_of(engine, label) | moments | teacher
+
+
+def train(backend: str, rank: int, ranks: int, model: Path, output: Path) -> None:
+    trainer = TrainerConfig(
+        **{
+            "backend": backend,
+            "lr": 1e-2,
+            "micro_batch_tokens": BUDGETS[ranks],
+            **OPTIONS.get((backend, ranks), {}),
+        }
+    )
     config = ModelConfig(path=str(model))
-    engine = load_engine(config, trainer, temperature=0.7, total_steps=10, seed=0, distillation=TEACHER)
+    engine: Any = load_engine(config, trainer, temperature=0.7, total_steps=10, seed=0, distillation=TEACHER)
     batch = share_of(composed_batch(seed=3, rows=ROWS), rank, ranks)
     metrics: dict[str, float] = {}
     kept: dict[str, torch.Tensor] = {}
@@ -70,42 +93,42 @@ def train(rank: int, ranks: int, model: Path, output: Path) -> None:
     forward = jagged.values(engine.forward(batch).batch["logprobs"]).sum().item()
     metrics["rows"], metrics["logprobs"] = len(batch), forward
     metrics |= engine.forward_backward(batch, OBJECTIVE)
-    kept |= dict(tensors_of(engine, "grad"))
+    kept |= {f"grad/{name}": gradient for name, gradient in whole(engine._trained.gradient()).items()}
     metrics |= engine.optim_step()
-    kept |= {f"weight/{name}": w.clone() for name, w in engine.export_weights(torch.float32)}
-    kept |= dict(tensors_of(engine, "exp_avg"))
+    kept |= state_of(engine, "first")
 
-    # A checkpoint of two ranks, read by every number of ranks, goes on the same way.
-    state = output / "state"
-    if ranks == 2:
-        state.mkdir(exist_ok=True)
-        engine.save_state(state)
-    else:
-        engine.forward_backward(batch, OBJECTIVE)
-        engine.optim_step()
-        engine.load_state(state)
-    kept |= {f"loaded/{name}": w.clone() for name, w in engine.export_weights(torch.float32)}
-    kept |= {f"loaded/{name}": t for what in ("exp_avg", "exp_avg_sq") for name, t in tensors_of(engine, what)}
+    # Checkpoints of four ranks of each back end, read by every number of ranks of each, go on the same way.
+    if ranks == 4:
+        (output / f"state-{backend}").mkdir(exist_ok=True)
+        engine.save_state(output / f"state-{backend}")
+    for writer in WRITERS:
+        state = output / f"state-{writer}"
+        if GROUPS.index((writer, 4)) < GROUPS.index((backend, ranks)):
+            engine.forward_backward(batch, OBJECTIVE)
+            engine.optim_step()
+            engine.load_state(state)
+            kept |= state_of(engine, f"from-{writer}")
+    # Everyone's second step is the first writer's.
     metrics |= {f"second/{k}": v for k, v in engine.forward_backward(batch, OBJECTIVE).items()}
     metrics |= {f"second/{k}": v for k, v in engine.optim_step().items()}
-    kept |= {f"second/{name}": w.clone() for name, w in engine.export_weights(torch.float32)}
+    kept |= weights_of(engine, "second")
     if rank == 0:
-        (output / f"{ranks}.json").write_text(json.dumps(metrics))
-        save_file(kept, output / f"{ranks}.safetensors")
+        (output / f"{backend}-{ranks}.json").write_text(json.dumps(metrics))
+        save_file(kept, output / f"{backend}-{ranks}.safetensors")
 
 
-def run(rank: int, model: Path, output: Path, ports: dict[int, int]) -> None:
+def run(rank: int, model: Path, output: Path, ports: list[int]) -> None:
     torch.set_num_threads(1)
-    for ranks, port in ports.items():
+    for (backend, ranks), port in zip(GROUPS, ports, strict=True):
         if rank < ranks:
             with process_group(rank, ranks, port):
-                train(rank, ranks, model, output)
+                train(backend, rank, ranks, model, output)
 
 
 def main() -> None:
     # Forked, so that torch and transformers are imported once; nothing here has used a thread before the fork.
     context = multiprocessing.get_context("fork")
-    ports = {ranks: free_port() for ranks in (2, 4, 1)}
+    ports = [free_port() for _ in GROUPS]
     arguments = (Path(sys.argv[1]), Path(sys.argv[2]), ports)
     processes = [context.Process(target=run, args=(rank, *arguments), daemon=True) for rank in range(4)]
     for process in processes:
