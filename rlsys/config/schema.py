@@ -204,7 +204,6 @@ class VllmRollout(_Rollout):
     max_concurrent: sequences that the engine decodes at once.
     tensor_parallel, pipeline_parallel: GPUs (processes, on a CPU) that each layer, and the stack of layers, of one
         sampler is cut over.
-    enforce_eager: no graph capture or compilation (faster start, slower decoding on a GPU).
     engine_args: passed to vLLM's engine arguments as they are, checked against their names.
     """
 
@@ -214,7 +213,6 @@ class VllmRollout(_Rollout):
     max_concurrent: Positive = 256
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1
-    enforce_eager: Flag = True
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -255,11 +253,10 @@ class TrainerConfig:
     backend: ``fsdp``: FSDP2 (``fully_shard``); ``zero3``: DeepSpeed ZeRO-3.
     ranks: trainer processes; null: one a GPU, or one on a CPU.
     shard_ranks: weights are spread over so many ranks and replicated across the others (fsdp); null: over all.
-    offload: what lies in main memory between its uses: ``optimizer``: float32 weights and moments (zero3);
-        ``all``: the gathered weights' slices and gradients too.
+    offload: on GPUs, what lies in main memory: ``optimizer``: float32 weights and moments (zero3 alone); ``all``: every
+        rank's part of the weights too.
     micro_batch_tokens: most tokens (padding included) in one forward and backward pass of a rank.
     updates_per_step: optimiser steps that a step's prompt groups are divided over; 1 is strictly on-policy.
-    logprob_chunk_tokens: most tokens whose logits exist at once, for a block of words; null: measured best.
     activations: of each layer until the backward pass: ``keep`` them, ``recompute`` them then, or ``offload`` them to
         main memory (GPU).
     packing: a micro-batch is one row of sequences end to end, without padding; false: rows padded to the longest.
@@ -276,14 +273,12 @@ class TrainerConfig:
     offload: Literal["none", "optimizer", "all"] = "none"
     micro_batch_tokens: Positive = 8192
     updates_per_step: Positive = 1
-    logprob_chunk_tokens: Positive | None = None
     activations: Literal["keep", "recompute", "offload"] = "keep"
     packing: Flag = True
     share_prompts: Flag = False
     compile: Flag = False
     lr: PositiveFloat = 1e-6
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.999])
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01
     max_grad_norm: PositiveFloat = 1.0

@@ -202,7 +202,7 @@ def engine_kind(bench: Bench) -> None:
     assert isinstance(asyncio.run(start_engine(str(bench.model), torch_rollout, max_length=32)), TorchEngine)
 
 
-@entry("rollout.kv_cache_gib", "rollout.gpu_memory_fraction", "rollout.enforce_eager", "rollout.engine_args")
+@entry("rollout.kv_cache_gib", "rollout.gpu_memory_fraction", "rollout.engine_args")
 def vllm_only(bench: Bench) -> None:
     pytest.importorskip("vllm")
     from rlsys.engines.rollout import vllm
@@ -210,7 +210,6 @@ def vllm_only(bench: Bench) -> None:
     for on_cpu, key, value in ((True, "kv_cache_memory_bytes", 2 << 30), (False, "gpu_memory_utilization", 0.3)):
         bench.monkeypatch.setattr(vllm, "current_platform", SimpleNamespace(is_cpu=lambda on_cpu=on_cpu: on_cpu))
         assert vllm_arguments(bench, kv_cache_gib=2.0, gpu_memory_fraction=0.3)[key] == value
-    assert [vllm_arguments(bench, enforce_eager=v)["enforce_eager"] for v in (True, False)] == [True, False]
     assert vllm_arguments(bench, engine_args={"block_size": 32})["block_size"] == 32
 
 

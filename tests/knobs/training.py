@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from experiences import make_experience
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed.fsdp import CPUOffloadPolicy
 from training_batches import process_group, random_batch
 
 from knobs.table import Actors, Bench, entry, updating_trainer
@@ -17,10 +18,12 @@ from rlsys.algorithms.mismatch import mismatch_sums
 from rlsys.algorithms.objective import Objective
 from rlsys.batch import DataProto, jagged
 from rlsys.cluster.placement import plan
+from rlsys.config.errors import UserError
 from rlsys.config.schema import AlgorithmConfig, KLConfig, ModelConfig, TrainerConfig
 from rlsys.controller.job import Job
 from rlsys.engines.train import load_engine
 from rlsys.engines.train.fsdp import FsdpEngine
+from rlsys.engines.train.zero3 import Zero3Engine
 from rlsys.workers.trainer import ForwardSummary, TrainerWorker
 
 VOCABULARY = 72  # of the tiny model
@@ -61,8 +64,7 @@ def _optimiser_leaf(leaf: str, value: Any) -> None:
 
 for _leaf, _value in {
     "lr": 1e-3,
-    "beta1": 0.5,
-    "beta2": 0.9,
+    "betas": [0.5, 0.9],
     "eps": 1e-2,
     "weight_decay": 0.5,
     "max_grad_norm": 1e-6,
@@ -90,9 +92,30 @@ def attention(bench: Bench) -> None:
 
 @entry("trainer.backend")
 def backend(bench: Bench) -> None:
+    config = ModelConfig(path=str(bench.model))
+    trainers = [replace(TRAINER, backend=name) for name in ("fsdp", "zero3")]
     with process_group():
-        made = load_engine(ModelConfig(path=str(bench.model)), TRAINER, temperature=1.0, total_steps=1, seed=0)
-    assert isinstance(made, FsdpEngine), "the one backend there is; others are refused by name (test_build.py)"
+        made = [load_engine(config, trainer, temperature=1.0, total_steps=1, seed=0) for trainer in trainers]
+    assert [type(ours) for ours in made] == [FsdpEngine, Zero3Engine]
+
+
+@entry("trainer.shard_ranks")
+def shard_ranks(bench: Bench) -> None:
+    with process_group(), pytest.raises(UserError, match="1 trainer ranks cannot be divided into groups of 2"):
+        engine(bench, replace(TRAINER, shard_ranks=2))
+    # That weights are replicated and nothing else changes: test_ranks.py
+
+
+@entry("trainer.offload")
+def offload(bench: Bench) -> None:
+    with process_group():
+        policies = {
+            value: engine(bench, replace(TRAINER, offload=value))._model._get_fsdp_state()._fsdp_param_group
+            for value in ("none", "all")
+        }
+        with pytest.raises(UserError, match="both or neither"):
+            engine(bench, replace(TRAINER, offload="optimizer"))
+    assert [isinstance(p.offload_policy, CPUOffloadPolicy) for p in policies.values()] == [False, True]
 
 
 @entry("trainer.ranks")
@@ -109,34 +132,6 @@ def micro_batch_tokens(bench: Bench) -> None:
 
     with process_group():
         assert count(40) > count(1000) == 1
-
-
-class _LargestLogits(TorchDispatchMode):
-    """Most tokens whose [tokens, vocabulary] logits came out of one product."""
-
-    tokens = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        products = (torch.ops.aten.mm, torch.ops.aten.addmm)
-        if getattr(function, "overloadpacket", None) in products and result.shape[1] == VOCABULARY:
-            self.tokens = max(self.tokens, result.shape[0])
-        return result
-
-
-@entry("trainer.logprob_chunk_tokens")
-def logprob_chunk_tokens(bench: Bench) -> None:
-    def most(chunk: int) -> int:
-        with process_group(), torch.no_grad():
-            policy = engine(bench, replace(TRAINER, logprob_chunk_tokens=chunk))._model
-            ids, places = torch.zeros(2, 20, dtype=torch.int64), torch.arange(40)
-            policy(ids, places, torch.ones(40, dtype=torch.int64))  # gathers the weights
-            with _LargestLogits() as largest:
-                policy(ids, places, torch.ones(40, dtype=torch.int64))
-            return largest.tokens
-
-    assert most(7) == 7
-    assert most(16) == 16
 
 
 @entry("trainer.activations")

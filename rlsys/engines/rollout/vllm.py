@@ -79,7 +79,7 @@ class VllmEngine:
         """
         arguments = engine_arguments(model_path, config, max_length=max_length, seed=seed)
         threads = max(1, (threads or len(os.sched_getaffinity(0))) // sampler_ranks(config))
-        with core_environment(threads, on_cpu=current_platform.is_cpu(), eager=config.enforce_eager):
+        with core_environment(threads, on_cpu=current_platform.is_cpu(), eager=arguments["enforce_eager"]):
             try:
                 vllm_config = AsyncEngineArgs(**arguments).create_engine_config()
             except (ValueError, TypeError) as error:
@@ -193,14 +193,19 @@ def engine_arguments(model_path: str, config: VllmRollout, *, max_length: int, s
         memory: dict[str, Any] = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
     else:
         memory = {"gpu_memory_utilization": config.gpu_memory_fraction}
-    defaults = {"enable_prefix_caching": True, "disable_log_stats": True, "use_tqdm_on_load": False}
+    # Graphs and compilation make decoding on a GPU faster; on a CPU they make the start longer, and little else.
+    defaults = {
+        "enforce_eager": current_platform.is_cpu(),
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
     owned = {
         "model": model_path,
         "dtype": config.dtype,
         "seed": seed,
         "max_model_len": max_length,
         "max_num_seqs": config.max_concurrent,
-        "enforce_eager": config.enforce_eager,
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
         "trust_remote_code": False,

@@ -15,7 +15,6 @@ _ELSEWHERE = {
     "seed": "set seed",
     "max_model_len": "set data.max_prompt_tokens and data.max_response_tokens, which it is the sum of",
     "max_num_seqs": "set rollout.max_concurrent",
-    "enforce_eager": "set rollout.enforce_eager",
     "gpu_memory_utilization": "set rollout.gpu_memory_fraction",
     "kv_cache_memory_bytes": "set rollout.kv_cache_gib (CPU) or rollout.gpu_memory_fraction",
 }

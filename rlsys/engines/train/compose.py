@@ -26,7 +26,6 @@ from rlsys.engines.train.teacher import Teacher
 _RESPONSE = ("prompt_ids", "response_ids", "response_mask")
 _TEACHER = ("teacher_prompt_ids", "teacher_mask")
 _PAIR = ("chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask")
-_CHUNK = 4096  # tokens whose logits exist at once
 _WHOLE = 1 << 40  # more tokens than any batch has: it is one micro-batch
 
 # Arguments here, by the configuration keys that the parts below name in their errors; the longer ones first.
@@ -115,7 +114,7 @@ def compose_loss(
             teacher=objective.divergence is not None,
         )
         (micro,) = rows.cut(1, model.get_input_embeddings().weight.device)
-        output = _run(PolicyModel(model, temperature=temperature, chunk=_CHUNK), micro, objective.divergence)
+        output = _run(PolicyModel(model, temperature=temperature), micro, objective.divergence)
         result = objective.loss(micro.response, output, objective.prepare(rows.whole()), micro.token_index)
     metrics = {name: float(value) for name, value in {**result.totals, **result.maxima}.items()}
     metrics |= {name: float(value) / max(float(count), 1.0) for name, (value, count) in result.sums.items()}

@@ -97,8 +97,7 @@ class ShardedEngine(ABC):
         if critic:
             values = cls.train(ValueModel(lm), trainer, dtype)
             return cls(values, trainer, max_length=max_length, total_steps=total_steps, seed=seed)
-        chunk = trainer.logprob_chunk_tokens
-        policy = PolicyModel(lm, temperature=temperature, chunk=chunk)
+        policy = PolicyModel(lm, temperature=temperature)
         trained, teacher = cls.train(policy, trainer, dtype), None
         if distillation is not None:
             teacher = Teacher.load(
@@ -107,7 +106,6 @@ class ShardedEngine(ABC):
                 policy,
                 lambda other, moves: cls.freeze(other, trainer, dtype, moves=moves),
                 temperature=temperature,
-                chunk=chunk,
             )
         return cls(trained, trainer, max_length=max_length, total_steps=total_steps, seed=seed, teacher=teacher)
 

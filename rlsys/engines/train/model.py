@@ -53,10 +53,10 @@ class PolicyOutput(NamedTuple):
 class PolicyModel(nn.Module):
     """A causal language model and the head's log-probs in one forward: a sharded head is whole while it is used."""
 
-    def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk: int | None):
+    def __init__(self, lm: PreTrainedModel, *, temperature: float):
         super().__init__()
         self.lm = lm
-        self._temperature, self._chunk = temperature, chunk
+        self._temperature = temperature
 
     def forward(
         self,
@@ -93,7 +93,6 @@ class PolicyModel(nn.Module):
             head.bias,
             targets,
             temperature=self._temperature,
-            chunk=self._chunk,
             entropy_gradient=entropy_gradient,
         )
         if teacher is None:

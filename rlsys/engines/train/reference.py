@@ -28,7 +28,7 @@ class ReferenceEngine:
 
         Args:
             model: of the policy at the start of training.
-            trainer: its token budget, packing and chunk size count here too.
+            trainer: its token budget and packing count here too.
             temperature: of the sampler; logits are divided by it.
             threads: CPU threads of this process; None: as they are.
 
@@ -38,7 +38,7 @@ class ReferenceEngine:
         if threads is not None:
             torch.set_num_threads(threads)
         lm = load_causal_lm(model, getattr(torch, model.dtype), packing=trainer.packing)
-        policy = PolicyModel(lm, temperature=temperature, chunk=trainer.logprob_chunk_tokens)
+        policy = PolicyModel(lm, temperature=temperature)
         return cls(policy, trainer, max_length=context_length(lm))
 
     @torch.no_grad()

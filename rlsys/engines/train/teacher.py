@@ -38,7 +38,6 @@ class Teacher:
         shard: Callable[[PolicyModel, bool], ShardedModel],
         *,
         temperature: float,
-        chunk: int | None,
     ) -> Teacher:
         """The teacher that ``config`` describes. shard: spreads a model over the ranks; told
         whether its weights will move.
@@ -60,7 +59,7 @@ class Teacher:
                 fix="use a teacher with the policy's tokenizer and embedding size",
             )
         rate = config.teacher_rate if config.teacher == "ema" else 0.0
-        other = shard(PolicyModel(lm, temperature=temperature, chunk=chunk).requires_grad_(False), rate > 0)
+        other = shard(PolicyModel(lm, temperature=temperature).requires_grad_(False), rate > 0)
         mix = config.teacher_mix if config.teacher == "trust_region" else 0.0
         return cls(policy, other, mix=mix, rate=rate)
 

@@ -42,7 +42,8 @@ def test_every_refused_argument_is_one_that_vllm_has() -> None:
 def test_config_reaches_vllm(tmp_path: Path) -> None:
     from rlsys.engines.rollout.vllm import engine_arguments
 
-    given = config(max_concurrent=7, dtype="bfloat16", engine_args={"max_num_batched_tokens": 99}, enforce_eager=False)
+    free = {"max_num_batched_tokens": 99, "enforce_eager": False}
+    given = config(max_concurrent=7, dtype="bfloat16", engine_args=free)
     arguments = engine_arguments(str(tmp_path), given, max_length=31, seed=5)
     assert arguments["max_num_seqs"] == 7
     assert arguments["max_num_batched_tokens"] == 99

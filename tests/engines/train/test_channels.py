@@ -19,7 +19,7 @@ from rlsys.config.errors import UserError
 from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
 from rlsys.engines.train.fsdp import FsdpEngine
 
-TRAINER = TrainerConfig(lr=1e-2, micro_batch_tokens=200, logprob_chunk_tokens=17, max_grad_norm=1e9)
+TRAINER = TrainerConfig(lr=1e-2, micro_batch_tokens=200, max_grad_norm=1e9)
 FORWARD_KL = DivergencePass("forward_kl")
 TEMPERATURE = 0.7
 COMPOSED = Objective(

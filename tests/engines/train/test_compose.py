@@ -96,7 +96,7 @@ def test_loss_and_gradient_are_the_trainer_s(
             "preference": (Preference(variant, {"beta": 0.3}), 0.4),
         }
     )
-    trainer = TrainerConfig(lr=1e-2, micro_batch_tokens=200, logprob_chunk_tokens=17)
+    trainer = TrainerConfig(lr=1e-2, micro_batch_tokens=200)
     with process_group():
         engine = FsdpEngine.load(
             ModelConfig(path=str(folder)),

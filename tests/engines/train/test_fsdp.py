@@ -25,7 +25,7 @@ from rlsys.config.schema import ModelConfig, TrainerConfig
 from rlsys.engines.train.fsdp import FsdpEngine
 from rlsys.engines.train.reference import ReferenceEngine
 
-TRAINER = TrainerConfig(lr=1e-2, micro_batch_tokens=70, logprob_chunk_tokens=17)
+TRAINER = TrainerConfig(lr=1e-2, micro_batch_tokens=70)
 POLICY = Objective({"policy": (PolicyGradient(kl_coef=0.1, entropy_coef=0.01), 1.0)})
 COMBINATIONS = [(family, tied) for family in ("qwen2", "qwen3", "llama") for tied in (True, False)]
 
