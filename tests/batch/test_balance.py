@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsys.batch.balance import balanced_partitions, micro_batches, padding_share
+from rlsys.batch.balance import balanced_partitions, micro_batches, packed_batches, padding_share
 from rlsys.config.errors import UserError
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=40)
@@ -82,6 +82,32 @@ def test_a_row_over_the_budget_names_the_key() -> None:
     assert error.value.where == "trainer.micro_batch_tokens"
     assert "row 1" in error.value.what
     assert "9 or more" in str(error.value.fix)
+
+
+@given(LENGTHS, st.integers(40, 200), st.integers(1, 6))
+def test_packed_rows_come_once_within_the_budget_in_even_micro_batches(
+    tokens: list[int], budget: int, parts: int
+) -> None:
+    batches = packed_batches(tokens, budget, parts)
+    sizes = [sum(tokens[row] for row in rows) for rows in batches]
+    assert sorted(row for rows in batches for row in rows) == list(range(len(tokens)))
+    assert all(rows and rows == sorted(rows) for rows in batches)
+    assert all(size <= budget for size in sizes)
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes, default=0) <= sum(tokens) / max(len(batches), 1) + max(tokens, default=0)
+    if max(tokens, default=0) <= budget / 2:  # then at least half of what was paid for is used
+        assert len(packed_batches(tokens, budget)) <= max(-(-2 * sum(tokens) // budget), 1)
+
+
+def test_packed_rows_of_a_rank_with_less_are_divided_over_as_many_micro_batches() -> None:
+    assert [len(rows) for rows in packed_batches([10] * 8, 1000, 4)] == [2, 2, 2, 2]
+    assert packed_batches([], 10, 4) == []
+
+
+def test_a_packed_row_over_the_budget_names_the_key() -> None:
+    with pytest.raises(UserError, match="row 1 has 9 tokens") as error:
+        packed_batches([3, 9, 4], 8)
+    assert error.value.where == "trainer.micro_batch_tokens"
 
 
 def test_padding_share() -> None:
