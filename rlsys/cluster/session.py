@@ -19,6 +19,9 @@ from rlsys.config.errors import UserError
 from rlsys.config.schema import ClusterConfig
 
 _CONNECT_S = 30
+INLINE_BYTES = 16 << 10
+"""Larger answers stay in the object store. Ray's own limit of 100 KiB would keep shards of a few samples in the
+driver's memory, and send their tokens on from there."""
 _POLL_S = 0.5
 
 
@@ -48,6 +51,8 @@ def connect(config: ClusterConfig, *, weights_bytes: int = 0) -> Iterator[Sessio
     logging.getLogger("ray").setLevel(logging.ERROR)  # importing ray has set it lower
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_gcs_rpc_server_connect_timeout_s", str(_CONNECT_S))
+    if local:
+        os.environ.setdefault("RAY_max_direct_call_object_size", str(INLINE_BYTES))
     try:
         if config.address is not None:
             _probe(config.address)

@@ -54,6 +54,7 @@ from rlsys.workers.weight_sync import WeightSync
 
 _CRITIC = "critic"  # its folder in a checkpoint
 _READING_S = 10.0  # deadline of what actors say about themselves between two steps
+_READ_AT_ONCE = 64
 _UPDATE_GRACE_S = 10.0  # an update that has begun may finish, so that the checkpoint is that of a whole step
 
 
@@ -398,7 +399,7 @@ class Job:
 
     def _read_meters(self, metrics: dict[str, float]) -> dict[str, float]:
         """What the actors measured in this step, as metrics."""
-        calls = [call for group in self.groups.present() for call in group.asks("take_reading")]
+        calls = [c for group in self.groups.present() for c in group.asks("take_reading", actors=self._asked(group))]
         try:
             readings = [
                 ActorReading(*_role_and_index(call.payload), reading)
@@ -413,6 +414,13 @@ class Job:
             last = self.state.step == self.config.steps
             self.profile.after_step(self.state.step, self._spans, readings, start, last=last)
         return found | actor_metrics(readings, start, now)
+
+    def _asked(self, group: TrainerGroup | RolloutGroup | RewardGroup | ReferenceGroup) -> list[int] | None:
+        """Whose meters are read in this step: of a large fleet some in turn, or reading would cost more than sampling
+        does; of trainers all, whose FLOPs add up."""
+        if len(group) <= _READ_AT_ONCE or self.profile is not None or isinstance(group, TrainerGroup):
+            return None
+        return [(self.state.step * _READ_AT_ONCE + i) % len(group) for i in range(_READ_AT_ONCE)]
 
     def _log(self, metrics: dict[str, float]) -> None:
         self.observers.folder.log_metrics(metrics, step=self.state.step, lineage=self.state.lineage)

@@ -65,9 +65,13 @@ class Profile:
 
     def _recorded(self, method: str) -> list[Call]:
         groups = self._groups
-        asked = {"record_ops": {"all_threads": True}}.get(method, {})
         calls = [*groups.trainer.asks(method), *(groups.critic.asks(method) if groups.critic is not None else ())]
-        return calls + (groups.rollout.asks(method, **asked) if self._sampler_ops else [])
+        if not self._sampler_ops:
+            return calls
+        # Its forward passes run on a thread of their own.
+        return calls + (
+            groups.rollout.asks(method, all_threads=True) if method == "record_ops" else groups.rollout.asks(method)
+        )
 
 
 def clock_offsets(groups: Groups) -> dict[str, float]:

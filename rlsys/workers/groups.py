@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,13 @@ class _Group:
     def _arguments(self, spec: ActorSpec, count: int) -> tuple[Any, ...]:
         return ()
 
-    def asks(self, method: str, **arguments: Any) -> list[Call]:
-        """One call an actor of what every worker answers (``take_reading``, ``clock``); payload: ``ROLE_INDEX``."""
+    def asks(self, method: str, *, actors: Sequence[int] | None = None, **arguments: Any) -> list[Call]:
+        """One call an actor (these of them; None: all) of what every worker answers (``take_reading``, ``clock``);
+        payload: ``ROLE_INDEX``."""
+        asked = self._actors if actors is None else [self._actors[index] for index in actors]
         return [
             a.call(method, what=method.replace("_", " "), payload=f"{a.spec.role}_{a.spec.index}", **arguments)
-            for a in self._actors
+            for a in asked
         ]
 
     def _gather(self, calls: list[Call], phase: str, *, stop: bool = True) -> list[Any]:
