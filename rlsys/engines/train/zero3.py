@@ -45,15 +45,20 @@ class Zero3Trained:
 
     def __init__(self, model: PolicyModel | ValueModel, trainer: TrainerConfig, dtype: torch.dtype) -> None:
         self.model, self._ranks = model, dist.get_world_size()
-        named = dict(model.named_parameters())
-        optimizer = adamw({name.removeprefix(PREFIX): p for name, p in named.items()}, trainer)
+        named = {name.removeprefix(PREFIX): parameter for name, parameter in model.named_parameters()}
+        exact = _exact(named, dtype)
+        optimizer = adamw(named, trainer)
         self._engine = _initialize(model, _config(model, trainer, dtype), optimizer)
         self._zero = self._engine.optimizer
         self.run = self._engine
-        self._parameters = {name.removeprefix(PREFIX): parameter for name, parameter in named.items()}
+        self._parameters = named
         self.parameter_count = sum(parameter.ds_numel for parameter in self._parameters.values())
         self._offloads = trainer.offload != "none"
         self._added, self._final = False, False
+        if exact:  # DeepSpeed makes float32 weights of those that it has rounded
+            for name, shard in self.weights().items():
+                shard.fill(exact[name].view(-1)[shard.start : shard.stop])
+            self.moved()
 
     def weights(self) -> dict[str, Shard]:
         return {name: _slice(p, self._state(p)) for name, p in self._parameters.items()}
@@ -127,7 +132,7 @@ class Zero3Frozen:
     def __init__(self, model: PolicyModel, trainer: TrainerConfig, dtype: torch.dtype, *, moves: bool) -> None:
         self.model = model
         named = {name.removeprefix(PREFIX): parameter for name, parameter in model.named_parameters()}
-        exact = {name: p.detach().clone() for name, p in named.items()} if moves and dtype != torch.float32 else {}
+        exact = _exact(named, dtype) if moves else {}
         self._engine = _initialize(model, _config(model, trainer, dtype), None)
         self._parameters, device = named, training_device()
         self._held: dict[str, torch.Tensor] = {}
@@ -146,6 +151,13 @@ class Zero3Frozen:
 
     def release(self) -> None:
         self._engine.optimizer.partition_all_parameters()
+
+
+def _exact(parameters: dict[str, nn.Parameter], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The float32 weights, where DeepSpeed is going to replace them by those of ``dtype``."""
+    if dtype == torch.float32:
+        return {}
+    return {name: parameter.detach().to(torch.float32, copy=True) for name, parameter in parameters.items()}
 
 
 def _slice(parameter: Any, partition: torch.Tensor) -> Shard:

@@ -112,6 +112,11 @@ def train(backend: str, rank: int, ranks: int, model: Path, output: Path) -> Non
     metrics |= {f"second/{k}": v for k, v in engine.forward_backward(batch, OBJECTIVE).items()}
     metrics |= {f"second/{k}": v for k, v in engine.optim_step().items()}
     kept |= weights_of(engine, "second")
+    # Nobody has a row: every rank takes part in the collectives all the same.
+    nothing = DataProto.from_dict(tensors={})
+    engine.forward(nothing)
+    metrics["nothing"] = engine.forward_backward(nothing, OBJECTIVE)["loss"]
+    metrics["nothing/grad_norm"] = engine.optim_step()["grad_norm"]
     if rank == 0:
         (output / f"{backend}-{ranks}.json").write_text(json.dumps(metrics))
         save_file(kept, output / f"{backend}-{ranks}.safetensors")
