@@ -157,6 +157,10 @@ def run_trl(task: Task, connection: Connection) -> None:
         learning_rate=1e-8, lr_scheduler_type="constant", weight_decay=0.0, optim="adamw_torch_fused",
         dataloader_pin_memory=False, seed=0,
         use_transformers_continuous_batching=task.sampler == "continuous",
+        # Left to itself it takes most of the memory. A page is 256 tokens, so a sequence needs one.
+        transformers_continuous_batching_config=(
+            {"num_blocks": rows + 1, "max_batch_tokens": max(1024, 2 * rows)} if task.sampler == "continuous" else None
+        ),
     )  # fmt: skip
     gate, sampling = Gate(connection), []
 
