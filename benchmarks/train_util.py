@@ -243,7 +243,12 @@ def page(arguments: argparse.Namespace, sections: list[str], ratios: dict[str, f
     kinds = [lengths.name for lengths in WORKLOADS[: len(sections)]]
     bf16 = ", ".join(f"{ratios[f'bfloat16 to float32 tokens/s, {kind}']:.2f} ({kind})" for kind in kinds)
     products = ", ".join(f"{ratios[f'bfloat16 to float32 products, {kind}']:.2f} ({kind})" for kind in kinds)
-    command = "benchmarks.train_util" + f" --threads {arguments.threads}" + " --cpu-time" * arguments.cpu_time
+    command = (
+        "benchmarks.train_util"
+        + f" --threads {arguments.threads}"
+        + " --cpu-time" * arguments.cpu_time
+        + f" --rounds {arguments.rounds}"
+    )
     kind = "its CPU time" if arguments.cpu_time else "wall time"
     text = "\n\n".join(sections)
     return f"""# How much of the processor training uses
@@ -259,9 +264,11 @@ in the order they come, padded to the longest; or rows that are all equal, which
 
 {text}
 
-The engine with bfloat16 activations (float32 weights and gradients) does {bf16} × the tokens/s of float32; products of
-matrices are {products} × faster in bfloat16. Bars: {SHARE_LIMIT:.0%} of the float32 peak packed, {BF16_LIMIT} × with
-bfloat16.
+With bfloat16 (float32 weights and gradients) the engine does {bf16} × the tokens/s of float32;
+products of matrices are {products} × faster. Bars: {SHARE_LIMIT:.0%} of the float32 peak packed,
+{BF16_LIMIT} × with bfloat16.
+
+A shared prompt counts for each of its responses and is computed once: that side can exceed what it computes.
 
 {report.measured(command, "transformers")}
 """
