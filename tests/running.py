@@ -72,7 +72,14 @@ def comparable(folder: Path) -> list[Line]:
     """The run's metrics without those that measure the machine."""
     lines = read_metrics(folder / "metrics.jsonl")
     measured = ("time/", "throughput/", "memory/", "share/", "idle/")
-    return [{name: value for name, value in line.items() if not name.startswith(measured)} for line in lines]
+    return [
+        {
+            name: value
+            for name, value in line.items()
+            if not name.startswith(measured) and not (name.startswith("sync/") and name.endswith("_s"))
+        }
+        for line in lines
+    ]
 
 
 def tensors_below(folder: Path) -> dict[str, bytes]:

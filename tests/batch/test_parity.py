@@ -161,6 +161,8 @@ def _outcome(module: Any, steps: list[Step], count: int, seed: int) -> Any:
             break
         try:
             data = _OPERATIONS[name](module, data, dice)
+            if data.batch is not None:
+                data.batch.unlock_()  # verl's copy on a device stays locked where it was received, and cannot be changed
         except (AssertionError, KeyError) as error:
             return type(error).__mro__[-3:]
     return data

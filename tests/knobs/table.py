@@ -55,6 +55,10 @@ class Actors:
     def __len__(self) -> int:
         return self.size
 
+    def asks(self, *_: Any, **__: Any) -> list[Any]:
+        """It has no meters."""
+        return []
+
     def __getattr__(self, method: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             self.asked.append((method, args, kwargs))
@@ -108,9 +112,9 @@ class Bench:
         """``run_job`` without what happens inside the cluster; the observers that it made."""
         seen: list[Observers] = []
 
-        def supervise(config: RunConfig, inputs: Inputs, origin: Any, observers: Observers, *_: Any) -> tuple[int, str]:
+        def supervise(config: RunConfig, inputs: Inputs, origin: Any, observers: Observers, *_: Any) -> tuple[int, str, None]:
             seen.append(observers)
-            return run.FINISHED, ""
+            return run.FINISHED, "", None
 
         self.monkeypatch.setattr(run, "_supervise", supervise)
         assert run.run_job(self.config("eval.problems=4", *overrides)) == run.FINISHED

@@ -168,7 +168,7 @@ def test_columns_of_two_kinds_are_refused():
 
 
 def reference() -> ReferenceEngine:
-    policy = PolicyModel(make_model(vocab_size=101), temperature=1.0, chunk=64)
+    policy = PolicyModel(make_model(vocab_size=101), temperature=1.0)
     return ReferenceEngine(policy, TrainerConfig(micro_batch_tokens=64), max_length=128)
 
 
