@@ -63,6 +63,16 @@ def needs_reference(config: RunConfig) -> bool:
     )
 
 
+def adapts(config: RunConfig) -> bool:
+    """Whether an adapter is trained, and the rest of the model is as it was."""
+    return config.model.lora is not None
+
+
+def needs_reference_worker(config: RunConfig) -> bool:
+    """Whether the reference takes a copy of the model: without its adapter the trainer's own is the reference."""
+    return needs_reference(config) and not adapts(config)
+
+
 def needs_teacher(config: RunConfig) -> bool:
     """Whether responses are scored behind a teacher's prompt."""
     algorithm = config.algorithm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rlsys.algorithms.requirements import needs_critic, needs_reference
+from rlsys.algorithms.requirements import needs_critic, needs_reference_worker
 from rlsys.config.errors import UserError
 from rlsys.config.sampler import sampler_ranks
 from rlsys.config.schema import RunConfig
@@ -58,7 +58,7 @@ def plan(config: RunConfig, *, gpus: int, cores: int) -> Plan:
         ("trainer", ranks),
         ("critic", ranks if needs_critic(config) else 0),
         ("rollout", config.rollout.workers),
-        ("reference", int(needs_reference(config))),
+        ("reference", int(needs_reference_worker(config))),
     ):
         for index in range(count):
             per_actor = threads if role != "rollout" else config.cluster.threads or max(1, cores // count)

@@ -59,13 +59,24 @@ def leaves(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
             yield from leaves(variant, f"{prefix}{name}.")
 
 
+def optional_groups(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the groups that are off while they are null."""
+    for name, annotation in typing.get_type_hints(cls, include_extras=True).items():
+        for variant in (nested := variants(annotation)):
+            yield from optional_groups(variant, f"{prefix}{name}.")
+        if nested and type(None) in get_args(annotation):
+            yield f"{prefix}{name}"
+
+
 def defaults(cls: type) -> dict[str, Any]:
     """A dataclass's defaults as plain YAML values; required fields are ``???`` (Hydra's word for a missing value)."""
     result: dict[str, Any] = {}
     hints = typing.get_type_hints(cls, include_extras=True)
     for f in dataclasses.fields(cls):
         nested = variants(hints[f.name])
-        if len(nested) == 1:
+        if f.default is None:  # a group that is off, too
+            result[f.name] = None
+        elif len(nested) == 1:
             result[f.name] = defaults(nested[0])
         elif nested:
             continue  # a union: the config group says which

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlsys.config import schema
 from rlsys.config.assets import asset
-from rlsys.config.build import defaults, leaves, suggest
+from rlsys.config.build import defaults, leaves, optional_groups, suggest
 from rlsys.config.errors import UserError
 
 _GROUPS: dict[str, type] = {
@@ -82,10 +82,10 @@ def open_overrides(overrides: Iterable[str]) -> list[str]:
 
     Hydra merges a mapping into the one that is there and refuses new keys. Here ``LEAF={…}`` takes its place (as
     ``~LEAF ++LEAF={…}``), and ``LEAF.KEY=…`` adds or overrides (``++``), so nobody has to know which keys there are
-    already; whoever reads the mapping checks names.
+    already; whoever reads the mapping checks names. A key of a group that is off turns the group on.
     """
     known = set(leaves())
-    below = tuple(f"{leaf}." for leaf in known)
+    below = tuple(f"{opened}." for opened in (*known, *optional_groups()))
     opened: list[str] = []
     for override in overrides:
         key, _, value = override.partition("=")

@@ -14,6 +14,10 @@ def _own(name: str) -> bool:
     return "." in name or ":" in name
 
 
+def _no_adapter(c: RunConfig) -> bool:
+    return c.model.lora is None
+
+
 def _no_kl(c: RunConfig) -> bool:
     return c.algorithm.kl.coef == 0
 
@@ -137,6 +141,12 @@ _NO_CHANNEL = "the channel is off: set {}.weight to more than 0"
 _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
     ("algorithm.kl.estimator", _no_kl, "set algorithm.kl.coef to more than 0"),
     ("algorithm.kl.placement", _no_kl, "set algorithm.kl.coef to more than 0"),
+    ("rollout.lora", _no_adapter, "no adapter is trained: set model.lora.rank"),
+    (
+        "deadlines.reference",
+        lambda c: not _no_adapter(c),
+        "the trainer without its adapter is the reference: set deadlines.train",
+    ),
     (
         "deadlines.reference",
         _no_reference,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlsys.config.errors import UserError
-from rlsys.config.schema import RolloutConfig, RunConfig, VllmRollout
+from rlsys.config.schema import LoraConfig, RolloutConfig, RunConfig, VllmRollout
 
 # Engine arguments of vLLM that make the sampler compute with rounded weights or a rounded cache, and the values that do
 # not.
@@ -39,6 +39,8 @@ def check_sampler(config: RunConfig) -> None:
             where="rollout.sync",
             fix="set rollout=vllm, or rollout.sync=auto, shared_memory, object_store or delta",
         )
+    if config.rollout.lora == "adapter" and config.model.lora is not None:
+        _check_adapter(config, config.model.lora)
     names = rounding(config.rollout)
     algorithm = config.algorithm
     corrected = algorithm.correction or algorithm.old_logprobs == "sampler"  # then the loss's own ratio is π/μ
@@ -47,4 +49,24 @@ def check_sampler(config: RunConfig) -> None:
             f"with {names[0]} the sampler draws from another distribution than the trainer's, and nothing corrects it",
             where=f"rollout.engine_args.{names[0]}",
             fix="choose a correction of π_old/μ, such as '+algorithm.correction.tis_token={}', or leave it out",
+        )
+
+
+def _check_adapter(config: RunConfig, adapter: LoraConfig) -> None:
+    """An adapter that the sampler applies itself, to weights that it has read itself."""
+    fix = "set rollout.lora=merged"
+    if not isinstance(config.rollout, VllmRollout):
+        raise UserError("the torch sampler takes whole weights", where="rollout.lora", fix=f"{fix}, or rollout=vllm")
+    if adapter.quantize is not None:
+        raise UserError(
+            f"the adapter is trained on weights rounded to {adapter.quantize}, and the sampler would add it "
+            "to those that were not",
+            where="rollout.lora",
+            fix=fix,
+        )
+    if config.rollout.sync == "nccl":
+        raise UserError(
+            "broadcasts between GPUs are of whole weights",
+            where="rollout.sync",
+            fix=f"{fix}, or rollout.sync=auto, shared_memory, object_store or delta",
         )

@@ -26,6 +26,20 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """A low-rank adapter: targeted layers use W + alpha / rank · B·A, of which A and B alone are trained.
+
+    rank: rows of A. targets: names of linear layers (``q_proj``), or ``all-linear``: all but the head.
+    quantize: what the frozen linear layers are held in, ``nf4`` (4 bits) or ``int8``; null: ``model.dtype``.
+    """
+
+    rank: Positive
+    alpha: PositiveFloat = 32.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    quantize: Literal["nf4", "int8"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The policy that is trained.
 
@@ -40,6 +54,7 @@ class ModelConfig:
     dtype: Dtype = "float32"
     attention: Literal["auto", "flash", "varlen", "flex", "sdpa", "eager"] = "auto"
     chat_template: str | None = None
+    lora: LoraConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +195,7 @@ class _Rollout:
     dtype: of the sampler's weights.
     sync: how new weights reach the samplers. ``auto``: memory that they share on one host, NCCL between the GPUs of
         several, else the object store; ``delta``: through the object store, only what changed.
+    lora: what they are sent of a model with an adapter: ``merged`` weights, or A and B, which vLLM applies itself.
     environment: name or import path of the environment that a prompt is played in.
     mismatch_alarm: mean absolute log-prob difference between sampler and trainer above which an alarm is raised.
     """
@@ -191,6 +207,7 @@ class _Rollout:
     workers: Positive = 1
     dtype: Dtype = "float32"
     sync: Literal["auto", "shared_memory", "object_store", "nccl", "delta"] = "auto"
+    lora: Literal["merged", "adapter"] = "merged"
     environment: str = "single_turn"
     mismatch_alarm: PositiveFloat = 0.05
 

@@ -21,6 +21,7 @@ from rlsys.data.prompts import PromptEncoder, load_tokenizer
 from rlsys.data.sampler import PromptStream, held_out_batch
 from rlsys.engines.rollout.vllm_args import check_engine_args
 from rlsys.engines.train import check_backend
+from rlsys.engines.train.lora import resolve_targets
 from rlsys.environments.base import ENVIRONMENTS
 from rlsys.replay.functional import functional_pattern
 from rlsys.replay.hints import TeacherContexts
@@ -71,7 +72,7 @@ def check_inputs(config: RunConfig) -> Inputs:
             ) from error
         check_engine_args(config.rollout.engine_args, {f.name for f in fields(AsyncEngineArgs)})
     folder = find_model(config.model.path)
-    config = replace(config, model=replace(config.model, path=str(folder)))
+    config = replace(config, model=resolve_targets(replace(config.model, path=str(folder))))
     max_length = config.data.max_prompt_tokens + config.data.max_response_tokens
     _check_length(folder, config)
     tokenizer = load_tokenizer(str(folder))

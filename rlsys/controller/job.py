@@ -18,7 +18,9 @@ from rlsys.algorithms.advantages import estimate
 from rlsys.algorithms.channels.preference import needs_reference as preference_reads_reference
 from rlsys.algorithms.objective import StepSettings
 from rlsys.algorithms.requirements import (
+    adapts,
     needs_old_logprobs,
+    needs_reference,
     penalises_kl,
     token_level,
 )
@@ -179,6 +181,7 @@ class Job:
                 pairs=self._next_pairs() if self.pairs is not None else None,
                 group_gap=self.config.replay.min_gap if wants_pairs and self.pairs is None else None,
                 bypass=self.config.algorithm.old_logprobs == "sampler",
+                reference=adapts(self.config) and needs_reference(self.config),
             )
             if self.groups.critic is not None:
                 self.groups.critic.load_batch(slices)
@@ -487,7 +490,11 @@ class Job:
 
     def _with_reference(self, pairs: DataProto) -> DataProto:
         """Pairs with the columns ``…_ref_logprobs``, unless the loss does without."""
-        if self.groups.reference is None or not preference_reads_reference(self.config.algorithm.preference.loss):
+        if not preference_reads_reference(self.config.algorithm.preference.loss):
+            return pairs
+        if adapts(self.config):
+            return self.groups.trainer.pair_reference(pairs)
+        if self.groups.reference is None:
             return pairs
         for side in ("chosen", "rejected"):
             column, call = self.groups.reference.logprobs(ray.put(reference_view(pairs, side)))

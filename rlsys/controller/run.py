@@ -14,7 +14,14 @@ from typing import Any
 
 from rich.console import Console
 
-from rlsys.algorithms.requirements import critic_objective, needs_critic, needs_reference, needs_teacher, objective
+from rlsys.algorithms.requirements import (
+    adapts,
+    critic_objective,
+    needs_critic,
+    needs_reference_worker,
+    needs_teacher,
+    objective,
+)
 from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
 from rlsys.cluster.placement import plan
@@ -31,7 +38,7 @@ from rlsys.controller.resume import Origin, find_origin
 from rlsys.engines.sync.verify import SyncError
 from rlsys.rewards.budget import RewardBudgetExceeded
 from rlsys.tracking import summary as summaries
-from rlsys.tracking.blocks import header_rows
+from rlsys.tracking.blocks import count, header_rows
 from rlsys.tracking.collapse import CollapseMonitor
 from rlsys.tracking.display import make_display
 from rlsys.tracking.memory import MemoryMonitor
@@ -140,7 +147,7 @@ def _supervise(
             try:
                 train(job)
                 if config.checkpoint.export:
-                    _export(groups.trainer, observers.folder, inputs.model_folder)
+                    _export(config, groups.trainer, observers.folder, inputs.model_folder)
             except StopRequested:
                 status, reason = INTERRUPTED, "stopped on request"
                 _last_checkpoint(job)
@@ -160,9 +167,12 @@ def _sampler_bytes(config: RunConfig, inputs: Inputs) -> int:
     return inputs.parameters * (2 if config.rollout.dtype == "bfloat16" else 4)
 
 
-def _export(trainer: TrainerGroup, folder: RunFolder, source: Path) -> None:
-    """The final weights as a Hugging Face folder, in the dtype that the model came in."""
+def _export(config: RunConfig, trainer: TrainerGroup, folder: RunFolder, source: Path) -> None:
+    """The final weights as a Hugging Face folder, in the dtype that the model came in; an adapter merged, and by
+    itself."""
     trainer.export_hf(str(folder.path / "model"), str(source), _export_dtype(source))
+    if adapts(config):
+        trainer.save_adapter(str(folder.path / "adapter"), config.model.path, _export_dtype(source))
 
 
 def _failure(error: Exception) -> int:
@@ -251,7 +261,7 @@ def _groups(
             trainer=group(TrainerGroup),
             rollout=group(RolloutGroup),
             reward=group(RewardGroup),
-            reference=group(ReferenceGroup) if needs_reference(config) else None,
+            reference=group(ReferenceGroup) if needs_reference_worker(config) else None,
             critic=group(CriticGroup) if needs_critic(config) else None,
         )
         samplers = groups.rollout.starting(resolved, inputs.max_length)
@@ -277,7 +287,10 @@ def _groups(
                 seed=config.seed,
             )
         others = [*groups.reward.starting(resolved), *(groups.reference.starting(resolved) if groups.reference else [])]
-        gather([*samplers, *trainers, *others], phase="start", seconds=deadlines.start, stop=stop)
+        answers = gather([*samplers, *trainers, *others], phase="start", seconds=deadlines.start, stop=stop)
+        if adapts(config):
+            total, trained = answers[len(samplers)]
+            observers.display.note(f"of {count(total)} weights the adapter's {count(trained)} are trained")
         if session.nodes > 1:
             groups.trainer.require_shared(observers.folder.path)
         yield groups

@@ -11,7 +11,7 @@ from rlsys.algorithms.divergences.chunked import Head, TeacherPart, token_diverg
 from rlsys.algorithms.filters import check_filters, kept
 from rlsys.algorithms.losses import POLICY_LOSSES, aggregation_of, prepare_of
 from rlsys.algorithms.objective import ForwardOutput, Objective, ResponseBatch, TeacherOutput
-from rlsys.algorithms.requirements import needs_teacher, objective, penalises_kl, step_weights
+from rlsys.algorithms.requirements import adapts, needs_teacher, objective, penalises_kl, step_weights
 from rlsys.batch.columns import COLUMNS
 from rlsys.config.errors import UserError
 from rlsys.config.plugins import reads_of
@@ -113,6 +113,13 @@ def _teacher_fits(config: RunConfig) -> None:
     if not needs_teacher(config):
         return
     distillation, where = config.algorithm.distillation, "algorithm.distillation"
+    if distillation.teacher == "ema" and adapts(config):
+        raise UserError(
+            "an average of the policy would be a whole second model beside an adapter, and it is not known what an "
+            "average of A and one of B stand for together",
+            where=f"{where}.teacher",
+            fix=f"set {where}.teacher=frozen (the model without its adapter), trust_region or self",
+        )
     for teacher, option, value in (
         ("ema", "teacher_rate", distillation.teacher_rate),
         ("trust_region", "teacher_mix", distillation.teacher_mix),

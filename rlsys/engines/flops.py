@@ -10,7 +10,8 @@ W are the weights that every token is multiplied with (all but embedding and hea
 through), H those of the head, A = heads · head size, and P(L) the (query, key) pairs: L·(L+1)/2, or with a sliding
 window w those that lie inside it. Norms, softmax and activations are left out, as is the custom (PaLM, arXiv
 2204.02311, appendix B). Recomputed activations and passes without gradient (old log-probs, teachers, references) count
-nothing.
+nothing. Of frozen weights (those that an adapter is put beside) there is no gradient: their products count twice the
+forward pass and not three times.
 """
 
 from __future__ import annotations
@@ -25,20 +26,22 @@ import torch
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """weights, head: W and H above. attention: A. windows: (sliding window or None, how many layers have it)."""
+    """weights, head: W and H above. attention: A. windows: (sliding window or None, how many layers have it). trained:
+    of the weights; None: all, and the head."""
 
     weights: int
     head: int
     attention: int
     windows: tuple[tuple[int | None, int], ...]
+    trained: int | None = None
 
     @classmethod
-    def of(cls, config: Any, parameters: int, *, value_head: bool = False) -> ModelFlops:
+    def of(cls, config: Any, parameters: int, trained: int | None = None, *, value_head: bool = False) -> ModelFlops:
         """Of a transformer.
 
         Args:
             config: its Hugging Face configuration.
-            parameters: of the whole model, tied weights once.
+            parameters: of the whole model, tied weights once. trained: those that are not frozen; None: all.
             value_head: it ends in one number a token instead of logits.
         """
         config = config.get_text_config()
@@ -47,16 +50,21 @@ class ModelFlops:
         tied = value_head or bool(config.tie_word_embeddings)
         weights = parameters - embedding * (1 if tied else 2) - _idle_experts(config)
         head_size = getattr(config, "head_dim", None) or width // heads
-        return cls(weights, width if value_head else embedding, heads * head_size, _windows(config, layers))
+        head = width if value_head else embedding
+        some = None if trained is None or trained == parameters else trained
+        return cls(weights, head, heads * head_size, _windows(config, layers), some)
 
     def training(self, lengths: torch.Tensor, scored: int) -> float:
         """Of forward and backward pass over sequences of these lengths [B], ``scored`` of whose tokens in all go
         through the head."""
         lengths = lengths.double()
-        total = 2.0 * self.weights * float(lengths.sum()) + 2.0 * self.head * scored
+        tokens = float(lengths.sum())
+        products = 2.0 * self.weights * tokens + 2.0 * self.head * scored
+        attention = 0.0
         for window, layers in self.windows:
-            total += 4.0 * self.attention * layers * float(_pairs(lengths, window).sum())
-        return 3.0 * total
+            attention += 4.0 * self.attention * layers * float(_pairs(lengths, window).sum())
+        gradients = products if self.trained is None else 2.0 * self.trained * tokens
+        return 2.0 * products + gradients + 3.0 * attention
 
 
 def _pairs(lengths: torch.Tensor, window: int | None) -> torch.Tensor:

@@ -110,6 +110,7 @@ class RolloutGroup(_Group):
                 max_length=max_length,
                 seed=config.seed,
                 threads=a.spec.threads,
+                adapter=config.model.lora if config.rollout.lora == "adapter" else None,
                 what="loading the sampler",
             )
             for a in self._actors
@@ -305,6 +306,7 @@ class TrainerGroup(_Group):
         pairs: list[list[list[Slice]]] | None = None,
         group_gap: float | None = None,
         bypass: bool = False,
+        reference: bool = False,
     ) -> None:
         """ranks[r][u]: the slices of rank r in optimiser step u; pairs likewise; see TrainerWorker.load_batch."""
         calls = [
@@ -314,6 +316,7 @@ class TrainerGroup(_Group):
                 pairs=None if pairs is None else pairs[a.spec.index],
                 group_gap=group_gap,
                 bypass=bypass,
+                reference=reference,
                 what="its rows",
             )
             for a in self._actors
@@ -362,6 +365,15 @@ class TrainerGroup(_Group):
             for a in self._actors
         ]
         return self._gather(calls, "train")[0]
+
+    def pair_reference(self, pairs: DataProto) -> DataProto:
+        """The pairs with the log-probs of the model without its adapter."""
+        parts = np.array_split(np.arange(len(pairs)), len(self._actors))
+        calls = [
+            a.call("pair_reference", pairs.select_idxs(rows) if len(rows) else DataProto(), what="reference of pairs")
+            for a, rows in zip(self._actors, parts, strict=True)
+        ]
+        return DataProto.concat([part for part in self._gather(calls, "train") if len(part)])
 
     def pair_margins(self, pairs: DataProto, loss: str, options: dict[str, Any]) -> np.ndarray:
         """[P] margins of preference pairs under the present policy."""
@@ -417,6 +429,9 @@ class TrainerGroup(_Group):
 
     def export_hf(self, folder: str, source: str, dtype: str) -> None:
         self._all("export_hf", folder, source, dtype, phase="checkpoint", what="a Hugging Face folder", stop=False)
+
+    def save_adapter(self, folder: str, base: str, dtype: str) -> None:
+        self._all("save_adapter", folder, base, dtype, phase="checkpoint", what="the adapter", stop=False)
 
     def _all(self, method: str, *args: Any, phase: str, what: str, stop: bool = True, **kwargs: Any) -> list[Any]:
         return self._gather([a.call(method, *args, what=what, **kwargs) for a in self._actors], phase, stop=stop)

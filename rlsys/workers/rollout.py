@@ -12,7 +12,7 @@ from rlsys.algorithms.collapse import repetition
 from rlsys.batch import DataProto, jagged
 from rlsys.batch.columns import check_columns
 from rlsys.batch.versions import WeightVersion
-from rlsys.config.schema import RolloutConfig
+from rlsys.config.schema import LoraConfig, RolloutConfig
 from rlsys.engines.rollout import RolloutEngine, start_engine
 from rlsys.engines.sync.broadcast import Meeting
 from rlsys.environments.base import ENVIRONMENTS, Environment
@@ -60,10 +60,20 @@ class RolloutSummary:
 class RolloutWorker(Metered, verbs=("generate", "update_weights")):
     """One sampler. All methods are coroutines of one event loop, so shards and environments overlap."""
 
-    async def start(self, model_path: str, config: RolloutConfig, *, max_length: int, seed: int, threads: int) -> None:
+    async def start(
+        self,
+        model_path: str,
+        config: RolloutConfig,
+        *,
+        max_length: int,
+        seed: int,
+        threads: int,
+        adapter: LoraConfig | None = None,
+    ) -> None:
+        """Loads the sampler. adapter: it will be sent; None: whole weights."""
         self._config = config
         self._engine: RolloutEngine = await start_engine(
-            model_path, config, max_length=max_length, seed=seed, threads=threads
+            model_path, config, max_length=max_length, seed=seed, threads=threads, adapter=adapter
         )
         self._intake = WeightIntake()
         self._environment: Environment = ENVIRONMENTS.get(config.environment, where="rollout.environment")()

@@ -27,8 +27,10 @@ from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
 from rlsys.engines.flops import ModelFlops, matmul_peak
 from rlsys.engines.sync.broadcast import Broadcaster, Meeting
 from rlsys.engines.sync.buckets import Entry
+from rlsys.engines.sync.checksum import tensor_digest
 from rlsys.engines.train import TrainEngine, init_process_group, load_engine
 from rlsys.engines.train.collectives import Ranks, training_device
+from rlsys.engines.train.lora import save_adapter
 from rlsys.replay.pairs import join_pairs, pairs_from_groups, reference_view, with_reference
 from rlsys.tracking.meter import Metered
 from rlsys.workers.weights import Host, SendRequest, SentWeights, WeightSender
@@ -88,6 +90,7 @@ _VERBS = (
     "optim_step",
     "export_weights",
     "pair_margins",
+    "pair_reference",
     "save_state",
     "load_state",
 )
@@ -101,6 +104,7 @@ class TrainerWorker(Metered, verbs=_VERBS):
         self._updates: list[DataProto] = []
         self._bypass = False
         self._sender = WeightSender()
+        self._frozen: dict[str, bytes] | None = None
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 can be met: this node's address and a port that is free now."""
@@ -121,7 +125,7 @@ class TrainerWorker(Metered, verbs=_VERBS):
         collective_timeout_s: float,
         distillation: DistillationConfig | None = None,
         critic: bool = False,
-    ) -> int:
+    ) -> tuple[int, int]:
         """Meets the other ranks and loads the model.
 
         Args:
@@ -130,7 +134,7 @@ class TrainerWorker(Metered, verbs=_VERBS):
             critic: a value model instead of a policy.
 
         Returns:
-            Parameters of the model.
+            Parameters of the model, and those of them that are trained.
         """
         torch.set_num_threads(threads)
         init_process_group(self._rank, self._world_size, *address, timeout_s=collective_timeout_s)
@@ -147,8 +151,10 @@ class TrainerWorker(Metered, verbs=_VERBS):
 
         self._dtype: torch.dtype = getattr(torch, model.dtype)
         config = AutoConfig.from_pretrained(model.path)
-        self._flops = ModelFlops.of(config, self._engine.parameter_count, value_head=critic)
-        return self._engine.parameter_count
+        counts = self._engine.parameter_count, self._engine.trained_count
+        self._flops = ModelFlops.of(config, *counts, value_head=critic)
+        self._model = model
+        return counts
 
     def measure_peak(self) -> float:
         """FLOP/s of a matrix product in the dtype of the forward pass, while the other ranks do the same."""
@@ -168,6 +174,7 @@ class TrainerWorker(Metered, verbs=_VERBS):
         pairs: list[list[Slice]] | None = None,
         group_gap: float | None = None,
         bypass: bool = False,
+        reference: bool = False,
     ) -> None:
         """Fetches this rank's rows of the step, one list of slices an optimiser step.
 
@@ -175,6 +182,7 @@ class TrainerWorker(Metered, verbs=_VERBS):
             pairs: rows of preference pairs from a file, likewise; they are appended to the samples.
             group_gap: make pairs of the best and the worst response of every group that differ by this reward.
             bypass: π_old := μ.
+            reference: write ``ref_logprobs`` of the samples: those of the model without its adapter.
         """
         refs = {ref for slices in (*updates, *(pairs or [])) for s in slices for ref in s.columns}
         shards = dict(zip(refs, ray.get(list(refs)), strict=True))
@@ -183,14 +191,18 @@ class TrainerWorker(Metered, verbs=_VERBS):
         if bypass:
             for batch in filter(len, self._updates):
                 batch.batch["old_logprobs"] = batch.batch["rollout_logprobs"]
+        for batch in self._updates if reference else ():
+            found = self._engine.forward(batch, adapter=False)  # a collective, also without rows
+            if len(batch):
+                batch.batch["ref_logprobs"] = found.batch["logprobs"]
         if group_gap is not None:
             self._updates = [
                 pairs_from_groups(batch, batch.batch["rewards"].numpy(), min_gap=group_gap) if len(batch) else batch
                 for batch in self._updates
             ]
         if pairs is not None:
-            found = [_assemble(slices, shards) for slices in pairs]
-            self._updates = [join_pairs(batch, more) for batch, more in zip(self._updates, found, strict=True)]
+            joined = [_assemble(slices, shards) for slices in pairs]
+            self._updates = [join_pairs(batch, more) for batch, more in zip(self._updates, joined, strict=True)]
 
     def forward(self, *, reference_kl: KLEstimator | None) -> ForwardSummary:
         """Writes ``old_logprobs`` of the whole step, before its first optimiser step.
@@ -289,6 +301,16 @@ class TrainerWorker(Metered, verbs=_VERBS):
             metrics |= _critic_metrics(inputs["values"][mask], made.returns[mask])
         return returns, AdvantageSummary(means, metrics)
 
+    def pair_reference(self, pairs: DataProto) -> DataProto:
+        """These pairs with ``chosen_ref_logprobs`` and ``rejected_ref_logprobs`` of the model without its adapter. A
+        collective: every rank is called, also with none."""
+        for side in ("chosen", "rejected"):
+            rows = reference_view(pairs, side) if len(pairs) else pairs
+            output = self._engine.forward(rows, adapter=False)
+            if len(pairs):
+                pairs = with_reference(pairs, side, output.rename("logprobs", "ref_logprobs") if len(rows) else rows)
+        return pairs
+
     def pair_margins(self, pairs: DataProto, loss: str, options: dict[str, Any]) -> np.ndarray:
         """[P] margins of these pairs under the policy. A collective: every rank is called, also with none."""
         sides: dict[str, PairLogprobs] = {}
@@ -358,12 +380,25 @@ class TrainerWorker(Metered, verbs=_VERBS):
         Args:
             request: the transport; None: the object store.
         """
-        weights = self._engine.export_weights(getattr(torch, dtype))
+        request = request or SendRequest("object_store", WeightVersion(0, 0))
+        held: dict[str, bytes] = {}
+        if request.adapter:
+            held = self._base_digests(getattr(torch, dtype))
+            weights = self._engine.export_adapter(getattr(torch, dtype))
+        else:
+            weights = self._engine.export_weights(getattr(torch, dtype))
         if self._rank:
             for _ in weights:
                 pass
             return None
-        return self._sender.send(weights, request or SendRequest("object_store", WeightVersion(0, 0)))
+        return self._sender.send(weights, request, held)
+
+    def _base_digests(self, dtype: torch.dtype) -> dict[str, bytes]:
+        """Of every weight that the adapter leaves frozen, computed once; on rank 0."""
+        if self._frozen is None:
+            weights = self._engine.export_weights(dtype, adapter=False)
+            self._frozen = {name: b"" if self._rank else tensor_digest(weight) for name, weight in weights}
+        return self._frozen
 
     def release_weights(self) -> None:
         """Every sampler has taken what was exported."""
@@ -403,6 +438,12 @@ class TrainerWorker(Metered, verbs=_VERBS):
                 pass
             return
         export_hf(Path(folder), Path(source), weights, dtype=getattr(torch, dtype))
+
+    def save_adapter(self, folder: str, base: str, dtype: str) -> None:
+        """Writes the adapter in peft's format (rank 0 writes, all gather). base: the model that it belongs to."""
+        weights = list(self._engine.export_adapter(getattr(torch, dtype)))
+        if not self._rank and self._model.lora is not None:
+            save_adapter(Path(folder), weights, self._model.lora, base, getattr(torch, dtype))
 
     def close(self) -> None:
         torch.distributed.destroy_process_group()

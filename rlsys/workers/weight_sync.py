@@ -38,7 +38,7 @@ class WeightSync:
         if self._transport is None:
             self._transport = self._chosen()
         base, self._held = self._held, None  # while it is under way nobody is known to hold anything
-        request = SendRequest(self._transport, version, base)
+        request = SendRequest(self._transport, version, base, adapter=self._config.lora == "adapter")
         if self._transport == "nccl":
             sent, taken = self._rollout.receive_broadcast(self._trainer, self._config.dtype, request)
         else:
@@ -58,6 +58,7 @@ class WeightSync:
         return choose(
             self._config.sync,
             one_host=all(receiver.identity == sender.identity for receiver in receivers),
-            gpus=all(host.gpu for host in (sender, *receivers)),
+            # An adapter is small, and vLLM's broadcast is of whole weights.
+            gpus=self._config.lora == "merged" and all(host.gpu for host in (sender, *receivers)),
             vllm=isinstance(self._config, VllmRollout),
         )

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,11 +42,12 @@ class Host:
 @dataclass(frozen=True)
 class SendRequest:
     """What the driver asks of the trainer. version: of the weights; base: the version that every sampler holds, where
-    changes to it are enough; None: not known."""
+    changes to it are enough; None: not known; adapter: the adapter alone."""
 
     transport: Transport
     version: WeightVersion
     base: WeightVersion | None = None
+    adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,19 @@ class WeightSender:
         self._segment = Segment()
         self._delta = DeltaSender()
 
-    def send(self, weights: Weights, request: SendRequest) -> SentWeights:
-        """Args: weights: as the engine exports them, CPU tensors in the sampler's dtype."""
+    def send(self, weights: Weights, request: SendRequest, held: Mapping[str, bytes] | None = None) -> SentWeights:
+        """Hands out ``weights``.
+
+        Args:
+            weights: as the engine exports them, CPU tensors in the sampler's dtype.
+            held: ``tensor_digest`` of further weights, which every sampler has: they are not sent, and count.
+        """
         clock = _Clock()
-        if request.transport == "shared_memory":
-            return self._shared(clock.timed(weights), clock)
         checksum = WeightsChecksum()
+        for name, digest in (held or {}).items():
+            checksum.add_digest(name, digest)
+        if request.transport == "shared_memory":
+            return self._shared(clock.timed(weights), clock, checksum)
 
         def checked() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in clock.timed(weights):
@@ -101,8 +109,7 @@ class WeightSender:
             refs.append(ray.put(bucket))
         return SentWeights(request.transport, refs, checksum.hexdigest(), nbytes, clock.seconds("write"))
 
-    def _shared(self, weights: Weights, clock: _Clock) -> SentWeights:
-        checksum = WeightsChecksum()
+    def _shared(self, weights: Weights, clock: _Clock, checksum: WeightsChecksum) -> SentWeights:
         for name, written in self._segment.write(weights):
             with clock.part("checksum"):
                 checksum.add(name, written)

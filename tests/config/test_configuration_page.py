@@ -39,5 +39,6 @@ def test_the_defaults_are_those_of_the_schema() -> None:
             for key, value in flat(defaults(cls), prefix).items():
                 allowed.setdefault(key, []).append(value)
     allowed |= {f"reward.parts.NAME.{key}": [value] for key, value in defaults(schema.RewardPart).items()}
+    allowed |= {f"model.lora.{key}": [value] for key, value in defaults(schema.LoraConfig).items()}
     wrong = [(key, default) for key, default in listed() if default not in allowed[key]]
     assert not wrong

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from composing import run_config
 from knobs import (  # noqa: F401 - they fill the table
+    adapters,
     channels,
     data,
     guards,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlsys.config.errors import UserError
-from rlsys.config.schema import RolloutConfig, VllmRollout
+from rlsys.config.schema import LoraConfig, RolloutConfig, VllmRollout
 from rlsys.engines.rollout.base import RolloutEngine
 from rlsys.environments.base import Sample, SamplingParams
 
@@ -11,7 +11,13 @@ __all__ = ["RolloutEngine", "Sample", "SamplingParams", "start_engine"]
 
 
 async def start_engine(
-    model_path: str, config: RolloutConfig, *, max_length: int, seed: int = 0, threads: int | None = None
+    model_path: str,
+    config: RolloutConfig,
+    *,
+    max_length: int,
+    seed: int = 0,
+    threads: int | None = None,
+    adapter: LoraConfig | None = None,
 ) -> RolloutEngine:
     """Starts the engine that ``config`` names, inside the event loop that will use it.
 
@@ -21,6 +27,7 @@ async def start_engine(
         max_length: longest prompt + response in tokens.
         seed: the engine's own; each sample has one of its own besides.
         threads: CPU threads of the model's kernels; None: one a core that this process may use.
+        adapter: updates are of this adapter, and vLLM's alone; None: of whole weights.
 
     Raises:
         UserError: vLLM is wanted but not installed, or ``engine_args`` names what vLLM lacks or rlsys decides.
@@ -39,7 +46,9 @@ async def start_engine(
                 where="rollout.engine",
                 fix="install rlsys[cpu] or rlsys[gpu], or sample with rollout=torch",
             ) from error
-        return await VllmEngine.start(model_path, config, max_length=max_length, seed=seed, threads=threads)
+        return await VllmEngine.start(
+            model_path, config, max_length=max_length, seed=seed, threads=threads, adapter=adapter
+        )
     from rlsys.engines.rollout.torch import TorchEngine
 
     return TorchEngine(model_path, config, max_length=max_length, threads=threads)

@@ -14,13 +14,15 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 from vllm import AsyncEngineArgs
 from vllm import SamplingParams as VllmSamplingParams
+from vllm.config.lora import MaxLoRARanks
 from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -29,7 +31,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from rlsys.batch.versions import WeightVersion
 from rlsys.config.errors import UserError
 from rlsys.config.sampler import sampler_ranks
-from rlsys.config.schema import VllmRollout
+from rlsys.config.schema import LoraConfig, VllmRollout
 from rlsys.engines.rollout.base import check_prompt
 from rlsys.engines.rollout.stopping import end_token_ids
 from rlsys.engines.rollout.vllm_args import check_engine_args
@@ -51,7 +53,7 @@ class VllmEngine:
     Made by :meth:`start`, from inside the event loop that will use it.
     """
 
-    def __init__(self, engine: AsyncLLM, *, max_length: int, end_ids: tuple[int, ...]):
+    def __init__(self, engine: AsyncLLM, *, max_length: int, end_ids: tuple[int, ...], adapts: bool = False):
         self.version = WeightVersion(0, 0)
         self._engine = engine
         self._max_length = max_length
@@ -60,10 +62,20 @@ class VllmEngine:
         self._updating = asyncio.Lock()
         self.last_update_s: dict[str, float] = {}
         self._broken: str | None = None
+        self._adapts = adapts
+        self._adapters = itertools.count(1)
+        self._adapter: LoRARequest | None = None  # what is sampled with, once there was an update
 
     @classmethod
     async def start(
-        cls, model_path: str, config: VllmRollout, *, max_length: int, seed: int = 0, threads: int | None = None
+        cls,
+        model_path: str,
+        config: VllmRollout,
+        *,
+        max_length: int,
+        seed: int = 0,
+        threads: int | None = None,
+        adapter: LoraConfig | None = None,
     ) -> VllmEngine:
         """Loads the model and is ready to sample; blocks the event loop until then (about 10 s on a CPU).
 
@@ -73,11 +85,14 @@ class VllmEngine:
             max_length: longest prompt + response in tokens.
             seed: vLLM's own seed; each sample has one of its own besides.
             threads: CPU threads of the model's kernels; None: one a core that this process may use.
+            adapter: updates are of this adapter; None: of whole weights.
 
         Raises:
             UserError: ``config.engine_args`` names something that vLLM lacks or rlsys decides, or vLLM refuses a value.
         """
         arguments = engine_arguments(model_path, config, max_length=max_length, seed=seed)
+        if adapter is not None:
+            arguments |= adapter_arguments(adapter)
         threads = max(1, (threads or len(os.sched_getaffinity(0))) // sampler_ranks(config))
         with core_environment(threads, on_cpu=current_platform.is_cpu(), eager=arguments["enforce_eager"]):
             try:
@@ -91,7 +106,7 @@ class VllmEngine:
             check_memory(vllm_config, Path(model_path), config)
             engine = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=arguments["disable_log_stats"])
         end_ids = end_token_ids(model_path, AutoTokenizer.from_pretrained(model_path, trust_remote_code=False))
-        started = cls(engine, max_length=max_length, end_ids=end_ids)
+        started = cls(engine, max_length=max_length, end_ids=end_ids, adapts=adapter is not None)
         if config.pipeline_parallel > 1:
             await started._rpc("rlsys_prepare_pipeline")
         await engine.update_weight_version(str(started.version.packed()))
@@ -103,7 +118,9 @@ class VllmEngine:
             raise SyncError(self._broken)
         final: RequestOutput | None = None
         request = tokens_input(prompt_token_ids=token_ids)
-        async for output in self._engine.generate(request, self._vllm_params(params), str(next(self._request_ids))):
+        async for output in self._engine.generate(
+            request, self._vllm_params(params), str(next(self._request_ids)), lora_request=self._adapter
+        ):
             final = output
         if final is None or final.outputs[0].finish_reason not in ("stop", "length"):
             raise SyncError(self._broken or "the sampler gave up a sequence under way")
@@ -120,7 +137,7 @@ class VllmEngine:
             await self._engine.pause_generation(mode="wait", clear_cache=True)
             try:
                 began = time.perf_counter()
-                await self._load(buckets)
+                await (self._load_adapter(buckets, version) if self._adapts else self._load(buckets))
                 loaded = time.perf_counter()
                 checksum = await self.checksum()
                 self.last_update_s = {"load": loaded - began, "held_checksum": time.perf_counter() - loaded}
@@ -156,9 +173,20 @@ class VllmEngine:
                     await self._load_shared(dataclasses.replace(bucket, kept=False))
         await self._rpc("rlsys_finish_update")
 
-    async def _load_shared(self, bucket: SharedBucket) -> None:
-        entries = _entries(bucket.entries)
-        await self._rpc("rlsys_load_bucket", bucket.path, bucket.nbytes, entries, bucket.kept)
+    async def _load_shared(self, bucket: SharedBucket, method: str = "rlsys_load_bucket") -> None:
+        await self._rpc(method, bucket.path, bucket.nbytes, _entries(bucket.entries), bucket.kept)
+
+    async def _load_adapter(self, parcels: Iterable[Parcel], version: WeightVersion) -> None:
+        """Each version is an adapter of its own to vLLM, so that no cache serves one for another."""
+        for parcel in parcels:
+            if isinstance(parcel, SharedBucket):
+                await self._load_shared(parcel, "rlsys_collect_adapter")
+            else:
+                with _in_shared_memory(parcel) as bucket:
+                    await self._load_shared(dataclasses.replace(bucket, kept=False), "rlsys_collect_adapter")
+        number = next(self._adapters)
+        await self._rpc("rlsys_use_adapter", number)
+        self._adapter = LoRARequest(f"{version.lineage}-{version.step}-{number}", number, "sent by the trainer")
 
     async def _rpc(self, method: str, *args: Any) -> list[Any]:
         """By rank of the sampler."""
@@ -216,6 +244,27 @@ def engine_arguments(model_path: str, config: VllmRollout, *, max_length: int, s
     if sampler_ranks(config) > 1:
         owned["distributed_executor_backend"] = "mp"
     return {**defaults, **config.engine_args, **memory, **owned}
+
+
+def adapter_arguments(adapter: LoraConfig) -> dict[str, Any]:
+    """vLLM's engine arguments for one adapter at a time.
+
+    Raises:
+        UserError: vLLM has no room for its rank.
+    """
+    room = [rank for rank in get_args(MaxLoRARanks) if rank >= adapter.rank]
+    if not room:
+        raise UserError(
+            f"vLLM applies adapters up to rank {max(get_args(MaxLoRARanks))}",
+            where="model.lora.rank",
+            fix="choose a smaller rank, or rollout.lora=merged",
+        )
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": min(room),
+        "lora_target_modules": list(adapter.targets),
+    }
 
 
 @contextmanager

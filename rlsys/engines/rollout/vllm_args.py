@@ -28,8 +28,13 @@ _SPECULATION = dict.fromkeys(
 )
 _WEIGHTS = dict.fromkeys(
     ("quantization_config", "load_format", "hf_overrides", "model_weights", "model_impl",
-     "enable_lora", "skip_tokenizer_init", "runner", "convert", "tokens_only"),
+     "skip_tokenizer_init", "runner", "convert", "tokens_only"),
     "the sampler must hold the trainer's weights as they are",
+)  # fmt: skip
+_ADAPTER = dict.fromkeys(
+    ("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras", "lora_dtype", "lora_target_modules",
+     "fully_sharded_loras", "default_mm_loras"),
+    "set model.lora, and rollout.lora=adapter",
 )  # fmt: skip
 _PARALLEL = {
     "tensor_parallel_size": "set rollout.tensor_parallel",
@@ -50,7 +55,7 @@ _SAFETY = {
 # Weights that vLLM rounds itself while it loads, from the trainer's own: what arrives can be checked before it is
 # rounded.
 ONLINE_QUANTIZATION = ("fp8_per_tensor", "fp8_per_block", "fp8_per_channel")
-OWNED: dict[str, str] = _ELSEWHERE | _CONTRACT | _SPECULATION | _WEIGHTS | _PARALLEL | _SAFETY
+OWNED: dict[str, str] = _ELSEWHERE | _CONTRACT | _SPECULATION | _WEIGHTS | _ADAPTER | _PARALLEL | _SAFETY
 
 
 def check_engine_args(engine_args: Mapping[str, Any], known: Collection[str]) -> None:

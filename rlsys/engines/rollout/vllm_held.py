@@ -120,6 +120,7 @@ def held_pieces(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[Piece]:
     seen: dict[int, torch.Tensor] = {}
     for path, module in model.named_modules():
         record = _checked_record(path, module)
+        path = path.removesuffix(".base_layer")  # of a layer that vLLM puts an adapter beside
         for name, parameter in module.named_parameters(recurse=False):
             if name not in ("weight", "bias") and getattr(module, _RECORD, None) is not None:
                 continue  # scales of a quantised weight
@@ -177,7 +178,7 @@ def _pieces(
     columns = _columns(module, width)
     parent, _, leaf = path.rpartition(".")
     names = [f"{parent}.{part}.{name}" for part in fused[leaf]] if leaf in fused else [f"{path}.{name}"]
-    for full_name, (rows, first, start, stop) in zip(names, _row_parts(module, hashes), strict=True):
+    for full_name, (rows, first, start, stop) in zip(names, row_parts(module, hashes), strict=True):
         part = hashes[start:stop].cpu().numpy().tobytes()
         yield Piece(full_name, kind, (rows, *width), first, columns, part)
 
@@ -198,7 +199,7 @@ def _columns(module: torch.nn.Module, width: tuple[int, ...]) -> int:
     return int(torch.Size(width).numel())
 
 
-def _row_parts(module: torch.nn.Module, hashes: torch.Tensor) -> list[tuple[int, int, int, int]]:
+def row_parts(module: torch.nn.Module, hashes: torch.Tensor) -> list[tuple[int, int, int, int]]:
     """Of each part of a layer: rows of the whole tensor, first row of this rank's, and where they lie here."""
     if isinstance(module, VocabParallelEmbedding):
         first, stop = module.shard_indices.org_vocab_start_index, module.shard_indices.org_vocab_end_index

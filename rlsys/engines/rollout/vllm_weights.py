@@ -18,6 +18,7 @@ from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from rlsys.engines.rollout.vllm_adapter import adapter_pieces, use_adapter
 from rlsys.engines.rollout.vllm_held import held_pieces, remember_packed_weights
 from rlsys.engines.sync.broadcast import Listener, Meeting
 from rlsys.engines.sync.buckets import Entry
@@ -82,6 +83,23 @@ class WeightReceiver:
         with torch.no_grad(), set_current_vllm_config(self.vllm_config):
             self.model_runner.get_model().load_weights(SharedBucket(path, nbytes, _index(entries), kept).tensors())
 
+    def rlsys_collect_adapter(
+        self, path: str, nbytes: int, entries: list[tuple[str, str, list[int], int]], kept: bool
+    ) -> None:
+        """Keeps a copy of the tensors of a ``SharedBucket``, given by its fields, for ``rlsys_use_adapter``."""
+        bucket = SharedBucket(path, nbytes, _index(entries), kept)
+        self._collected().update((name, tensor.clone()) for name, tensor in bucket.tensors())
+
+    def rlsys_use_adapter(self, number: int) -> None:
+        """Puts the adapter that was collected into the place of the one before. number: vLLM's of it, a new one."""
+        with torch.no_grad(), set_current_vllm_config(self.vllm_config):
+            use_adapter(self.model_runner.lora_manager, number, self._collected())
+        self._collected().clear()
+
+    def _collected(self) -> dict[str, torch.Tensor]:
+        collected: dict[str, torch.Tensor] = self.__dict__.setdefault("rlsys_adapter", {})
+        return collected
+
     def rlsys_join_trainer(self, host: str, port: int, first_rank: int, world_size: int) -> None:
         """Meets the trainer, and every other rank that will receive its broadcasts."""
         self.rlsys_listener = Listener(Meeting(host, port, first_rank, world_size), self.rank, self.device)
@@ -100,7 +118,11 @@ class WeightReceiver:
     def rlsys_held(self) -> list[tuple[Any, ...]]:
         """The weights that this rank computes with: fields of ``Piece``."""
         with torch.no_grad(), set_current_vllm_config(self.vllm_config):
-            return [astuple(p) for p in held_pieces(self.model_runner.get_model(), self.model_config.dtype)]
+            model = self.model_runner.get_model()
+            pieces = list(held_pieces(model, self.model_config.dtype))
+            if self.vllm_config.lora_config is not None:
+                pieces += adapter_pieces(self.model_runner.lora_manager)
+            return [astuple(piece) for piece in pieces]
 
 
 def _index(entries: list[tuple[str, str, list[int], int]]) -> tuple[Entry, ...]:

@@ -22,15 +22,18 @@ if TYPE_CHECKING:  # it imports transformers, which takes seconds, and the drive
 
 
 class TrainEngine(Protocol):
-    """parameter_count: of the whole model, tied weights once."""
+    """parameter_count: of the whole model, tied weights once; trained_count: of those that are trained, an adapter's or
+    all."""
 
     parameter_count: int
+    trained_count: int
 
-    def forward(self, batch: DataProto) -> DataProto:
+    def forward(self, batch: DataProto, *, adapter: bool = True) -> DataProto:
         """Log-probs of the response tokens, without gradient.
 
         Args:
             batch: this rank's rows (may be none) with ``prompt_ids``, ``response_ids`` and ``response_mask``.
+            adapter: False: of the model that an adapter was put into, as training found it.
 
         Returns:
             DataProto with the jagged columns ``logprobs`` and ``entropy`` (a critic's: ``values``) [B, j:response]
@@ -63,7 +66,8 @@ class TrainEngine(Protocol):
         ...
 
     def save_state(self, folder: Path) -> None:
-        """Writes this rank's shard of weights, optimiser, schedule and RNG into ``folder`` (which exists)."""
+        """Writes this rank's shard of weights, optimiser, schedule and RNG into ``folder`` (which exists). Of a model
+        with an adapter, the adapter's alone."""
         ...
 
     def load_state(self, folder: Path) -> None:
@@ -71,9 +75,18 @@ class TrainEngine(Protocol):
         the generators of random numbers are seeded anew, from the run's seed, the rank and the step."""
         ...
 
-    def export_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    def export_weights(self, dtype: torch.dtype, *, adapter: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
         """Full weights by Hugging Face name, one after the other, cast to ``dtype``, on the CPU on rank 0. A
-        collective: every rank must exhaust it; the tensors are the same on each. Tied weights appear once."""
+        collective: every rank must exhaust it; the tensors are the same on each. Tied weights appear once.
+
+        Args:
+            adapter: an adapter is merged into the weights; False: they are as training found them.
+        """
+        ...
+
+    def export_adapter(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """``….lora_A.weight`` and ``….lora_B.weight`` of every adapted layer, the second times the adapter's scale;
+        otherwise as :meth:`export_weights`."""
         ...
 
 
@@ -86,8 +99,8 @@ class ShardedModel(Protocol):
     model: PolicyModel | ValueModel
 
     def weights(self) -> dict[str, Shard]:
-        """This rank's float32 slices by Hugging Face name (a value head by its own); tied weights once. Views: whoever
-        writes to them calls :meth:`moved`."""
+        """This rank's float32 slices by Hugging Face name (a value head by its own); tied weights once. Of a model that
+        is trained, of what is trained. Views: whoever writes to them calls :meth:`moved`."""
         ...
 
     def moved(self) -> None:
@@ -103,11 +116,14 @@ class TrainedModel(ShardedModel, Protocol):
     """A sharded model with its gradient and AdamW.
 
     run: the model's forward pass, where a backward pass may follow.
-    parameter_count: of the whole, tied weights once.
+    names: of every weight, trained or frozen.
+    parameter_count: of the whole, tied weights once; trained_count: without frozen ones.
     """
 
     run: Callable[..., Any]
+    names: tuple[str, ...]
     parameter_count: int
+    trained_count: int
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of ``loss``, summed (not averaged) over ranks. A collective."""

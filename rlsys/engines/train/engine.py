@@ -20,6 +20,7 @@ from rlsys.engines.train.attention import packs
 from rlsys.engines.train.base import ShardedModel, TrainedModel
 from rlsys.engines.train.collectives import Meter, Ranks, Slots, reduce_floats, training_device
 from rlsys.engines.train.layers import prepare_layers
+from rlsys.engines.train.lora import Adapter, adapter_off, adapter_weights, add_adapter, merged_weights
 from rlsys.engines.train.model import PolicyModel, ValueModel, context_length, load_causal_lm
 from rlsys.engines.train.rows import MicroBatch, RankRows
 from rlsys.engines.train.teacher import Teacher
@@ -28,7 +29,8 @@ TEACHER = "teacher"  # name of a teacher's shards in a checkpoint
 
 
 class ShardedEngine(ABC):
-    """One rank. Weights and optimiser are float32; the forward pass runs in ``model.dtype``.
+    """One rank. Weights and optimiser are float32; the forward pass runs in ``model.dtype``, in which weights that an
+    adapter leaves frozen are held too.
 
     Gradients are reduced after every micro-batch: keeping them whole until the last one would save communication and
     cost each rank a full-sized gradient, which is what sharding is there to avoid.
@@ -43,13 +45,14 @@ class ShardedEngine(ABC):
         total_steps: int,
         seed: int,
         teacher: Teacher | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
-        self._trained, self._trainer, self._teacher = trained, trainer, teacher
+        self._trained, self._trainer, self._teacher, self._adapter = trained, trainer, teacher, adapter
         self._model = trained.model
         self._max_length, self._total_steps, self._seed = max_length, total_steps, seed
         self._device = training_device()
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self.parameter_count = trained.parameter_count
+        self.parameter_count, self.trained_count = trained.parameter_count, trained.trained_count
         self._progress, self._finite = state.Progress(), True
         state.seed_generators(seed, self._rank, 0)
 
@@ -91,12 +94,15 @@ class ShardedEngine(ABC):
         Raises:
             UserError: the model cannot be used (see ``rlsys.engines.train.model``), or not in this way.
         """
-        lm = load_causal_lm(model, torch.float32, packing=trainer.packing)
-        max_length, dtype = context_length(lm), getattr(torch, model.dtype)
+        dtype = getattr(torch, model.dtype)
+        held = torch.float32 if model.lora is None else dtype
+        lm = load_causal_lm(model, held, packing=trainer.packing)
+        max_length = context_length(lm)
+        adapter = None if model.lora is None else add_adapter(lm, model.lora, seed=seed)
         prepare_layers(lm, trainer, training_device())
         if critic:
             values = cls.train(ValueModel(lm), trainer, dtype)
-            return cls(values, trainer, max_length=max_length, total_steps=total_steps, seed=seed)
+            return cls(values, trainer, max_length=max_length, total_steps=total_steps, seed=seed, adapter=adapter)
         policy = PolicyModel(lm, temperature=temperature)
         trained, teacher = cls.train(policy, trainer, dtype), None
         if distillation is not None:
@@ -107,11 +113,25 @@ class ShardedEngine(ABC):
                 lambda other, moves: cls.freeze(other, trainer, dtype, moves=moves),
                 temperature=temperature,
             )
-        return cls(trained, trainer, max_length=max_length, total_steps=total_steps, seed=seed, teacher=teacher)
+        return cls(
+            trained,
+            trainer,
+            max_length=max_length,
+            total_steps=total_steps,
+            seed=seed,
+            teacher=teacher,
+            adapter=adapter,
+        )
+
+    def forward(self, batch: DataProto, *, adapter: bool = True) -> DataProto:
+        """See TrainEngine."""
+        if adapter:
+            return self._forward(batch)
+        with adapter_off(self._model):
+            return self._forward(batch)
 
     @torch.no_grad()
-    def forward(self, batch: DataProto) -> DataProto:
-        """See TrainEngine."""
+    def _forward(self, batch: DataProto) -> DataProto:
         rows = self._rows(batch)
         columns: dict[str, torch.Tensor] = {}
         for micro in rows.cut(self._busiest(rows), self._device):
@@ -220,10 +240,21 @@ class ShardedEngine(ABC):
             state.load_weights(place, TEACHER, self._teacher.saved)
             self._teacher.restored()
 
-    def export_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    def export_weights(self, dtype: torch.dtype, *, adapter: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
         """See TrainEngine."""
-        for name in self._trained.weights():
-            yield name, self._trained.whole(name, dtype).to("cpu" if self._rank == 0 else self._device)
+        names, whole = self._trained.names, self._trained.whole
+        weights: Iterator[tuple[str, torch.Tensor]] = ((name, whole(name, dtype)) for name in names)
+        if self._adapter is not None:
+            weights = merged_weights(names, whole, self._adapter, dtype, on=adapter)
+        for name, weight in weights:
+            yield name, weight.to("cpu" if self._rank == 0 else self._device)
+
+    def export_adapter(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """See TrainEngine."""
+        if self._adapter is None:
+            raise RuntimeError("the model has no adapter")
+        for name, weight in adapter_weights(self._trained.names, self._trained.whole, self._adapter, dtype):
+            yield name, weight.to("cpu" if self._rank == 0 else self._device)
 
     def _rows(self, batch: DataProto, objective: Objective | None = None) -> RankRows:
         wanted = {} if objective is None else {

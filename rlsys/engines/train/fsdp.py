@@ -19,6 +19,7 @@ from rlsys.config.schema import TrainerConfig
 from rlsys.engines.train.base import ShardedModel, TrainedModel
 from rlsys.engines.train.collectives import training_device
 from rlsys.engines.train.engine import ShardedEngine
+from rlsys.engines.train.lora import count_parameters, plain_name
 from rlsys.engines.train.model import PREFIX, PolicyModel, ValueModel
 from rlsys.engines.train.optimizer import adamw
 from rlsys.engines.train.state import MOMENTS
@@ -43,7 +44,7 @@ class FsdpModel:
         _shard(model, trainer, dtype)
         self.model = model
         self.parameters: dict[str, DTensor] = {
-            name.removeprefix(PREFIX): parameter for name, parameter in model.named_parameters()
+            plain_name(name.removeprefix(PREFIX)): parameter for name, parameter in model.named_parameters()
         }
 
     def weights(self) -> dict[str, Shard]:
@@ -61,8 +62,10 @@ class FsdpTrained(FsdpModel):
     """See TrainedModel."""
 
     def __init__(self, model: PolicyModel | ValueModel, trainer: TrainerConfig, dtype: torch.dtype) -> None:
+        self.parameter_count, self.trained_count = count_parameters(model)
         super().__init__(model, trainer, dtype)
-        self.parameter_count = sum(parameter.numel() for parameter in self.parameters.values())
+        self._every, self.names = self.parameters, tuple(self.parameters)
+        self.parameters = {name: parameter for name, parameter in self._every.items() if parameter.requires_grad}
         self.run: Callable[..., Any] = model
         self.optimizer = adamw(self.parameters, trainer)
 
@@ -97,7 +100,7 @@ class FsdpTrained(FsdpModel):
             entry["step"].fill_(steps)
 
     def whole(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        return self.parameters[name].detach().to(dtype).full_tensor()
+        return self._every[name].detach().to(dtype).full_tensor()
 
 
 def _slice(tensor: DTensor) -> Shard:

@@ -85,7 +85,7 @@ def load(place: Place, weights: Mapping[str, Shard], moments: Mapping[str, Shard
             raise UserError(
                 f"the checkpoint is of another model: '{other[0][0]}' differs",
                 where=str(place.folder),
-                fix="check model.path",
+                fix="check model.path and model.lora",
             )
         _fill(reader, weights)
     if progress.applied:

@@ -13,6 +13,7 @@ from rlsys.config.errors import UserError
 from rlsys.config.schema import DistillationConfig, ModelConfig
 from rlsys.engines.train.attention import packs
 from rlsys.engines.train.base import ShardedModel
+from rlsys.engines.train.lora import adapter_off
 from rlsys.engines.train.model import PolicyModel, TeacherInputs, load_causal_lm
 from rlsys.engines.train.rows import TeacherRows
 
@@ -21,12 +22,13 @@ class Teacher:
     """Hidden states of a teacher's sequences, without gradient.
 
     policy: of this rank. other: the model beside it, sharded in the same way; None: the policy teaches itself.
+    base: the other is the policy without its adapter.
     mix: share of the policy's logits; the rest are the other's.
     rate: the other's weights follow the policy's by so much an optimiser step.
     """
 
-    def __init__(self, policy: PolicyModel, other: ShardedModel | None, *, mix: float, rate: float):
-        self._policy, self._other = policy, other
+    def __init__(self, policy: PolicyModel, other: ShardedModel | None, *, mix: float, rate: float, base: bool = False):
+        self._policy, self._other, self._base = policy, other, base
         self._mix, self._rate = mix, rate
 
     @classmethod
@@ -47,6 +49,9 @@ class Teacher:
         """
         if config.teacher == "self":
             return cls(policy, None, mix=1.0, rate=0.0)
+        mix = config.teacher_mix if config.teacher == "trust_region" else 0.0
+        if model.lora is not None and config.teacher in ("frozen", "trust_region"):
+            return cls(policy, None, mix=mix, rate=0.0, base=True)
         where = model if config.teacher != "model" else ModelConfig(
             path=config.teacher_path or "", dtype=model.dtype, attention=model.attention
         )  # fmt: skip
@@ -60,13 +65,14 @@ class Teacher:
             )
         rate = config.teacher_rate if config.teacher == "ema" else 0.0
         other = shard(PolicyModel(lm, temperature=temperature).requires_grad_(False), rate > 0)
-        mix = config.teacher_mix if config.teacher == "trust_region" else 0.0
         return cls(policy, other, mix=mix, rate=rate)
 
     @property
     def packs(self) -> bool:
         """Whether all the models that look take packed rows."""
-        models = [self._policy] * bool(self._mix) + ([self._other.model] if self._other is not None else [])
+        models = [self._policy] * bool(self._mix or self._base) + (
+            [self._other.model] if self._other is not None else []
+        )
         return all(packs(model.lm) for model in models)
 
     @property
@@ -86,6 +92,10 @@ class Teacher:
         if self._mix:
             hidden, _ = self._policy(rows.input_ids, rows.positions, None, packing=rows.packing)
             parts.append((self._mix, hidden, None))
+        if self._base:
+            with adapter_off(self._policy):
+                hidden, _ = self._policy(rows.input_ids, rows.positions, None, packing=rows.packing)
+            parts.append((1.0 - self._mix, hidden, None))
         if self._other is not None:
             hidden, head = self._other.model(rows.input_ids, rows.positions, None, packing=rows.packing)
             parts.append((1.0 - self._mix, hidden, head))

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 from rlsys.checkpoint.shards import Shard
 from rlsys.config.schema import TrainerConfig
 from rlsys.engines.train.base import ShardedModel, TrainedModel
 from rlsys.engines.train.collectives import training_device
 from rlsys.engines.train.engine import ShardedEngine
+from rlsys.engines.train.lora import count_parameters, plain_name
 from rlsys.engines.train.model import PREFIX, PolicyModel, ValueModel
 from rlsys.engines.train.optimizer import adamw
 from rlsys.engines.train.state import MOMENTS
@@ -45,14 +47,16 @@ class Zero3Trained:
 
     def __init__(self, model: PolicyModel | ValueModel, trainer: TrainerConfig, dtype: torch.dtype) -> None:
         self.model, self._ranks = model, dist.get_world_size()
-        named = {name.removeprefix(PREFIX): parameter for name, parameter in model.named_parameters()}
+        every = {plain_name(name.removeprefix(PREFIX)): parameter for name, parameter in model.named_parameters()}
+        named = {name: parameter for name, parameter in every.items() if parameter.requires_grad}
+        self.parameter_count, self.trained_count = count_parameters(model)
         exact = _exact(named, dtype)
         optimizer = adamw(named, trainer)
+        _carry_gradient(model.lm)
         self._engine = _initialize(model, _config(model, trainer, dtype), optimizer)
         self._zero = self._engine.optimizer
         self.run = self._engine
-        self._parameters = named
-        self.parameter_count = sum(parameter.ds_numel for parameter in self._parameters.values())
+        self._parameters, self._every, self.names = named, every, tuple(every)
         self._offloads = trainer.offload != "none"
         self._added, self._final = False, False
         if exact:  # DeepSpeed makes float32 weights of those that it has rounded
@@ -115,8 +119,9 @@ class Zero3Trained:
         self.moved()
 
     def whole(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        parameter = self._parameters[name]
-        mine = self._state(parameter).detach().to(training_device(), dtype)
+        parameter: Any = self._every[name]
+        mine = self._state(parameter) if parameter.requires_grad else parameter.ds_tensor
+        mine = mine.detach().view(-1).to(training_device(), dtype)
         every = mine.new_empty(self._ranks * mine.numel())
         dist.all_gather(list(every.chunk(self._ranks)), mine)
         return every[: parameter.ds_numel].view(parameter.ds_shape)
@@ -160,6 +165,19 @@ def _exact(parameters: dict[str, nn.Parameter], dtype: torch.dtype) -> dict[str,
     return {name: parameter.detach().to(torch.float32, copy=True) for name, parameter in parameters.items()}
 
 
+def _carry_gradient(lm: PreTrainedModel) -> None:
+    """Has the gradient go through the first layer to its input, even if the embedding is frozen: DeepSpeed takes its
+    arrival there as the sign that a layer's weights may go."""
+    embedding = lm.get_input_embeddings()
+    if embedding.weight.requires_grad:
+        return
+
+    def mark(_module: nn.Module, _inputs: Any, states: torch.Tensor) -> torch.Tensor:
+        return states.requires_grad_(torch.is_grad_enabled())
+
+    embedding.register_forward_hook(mark)
+
+
 def _slice(parameter: Any, partition: torch.Tensor) -> Shard:
     """ZeRO-3 cuts elements into equal parts, rounded up; what is past the end of the last is padding."""
     size, rank = parameter.ds_tensor.ds_numel, dist.get_rank()
@@ -183,7 +201,7 @@ def _initialize(model: nn.Module, config: dict[str, Any], optimizer: torch.optim
     layers = {type(layer) for layer in getattr(model.lm.base_model, "layers", ())}
     if layers:  # gathered as one
         deepspeed.utils.set_z3_leaf_modules(model, list(layers))
-    parameters = None if optimizer is None else list(model.parameters())
+    parameters = None if optimizer is None else [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=parameters, config=config)
     if isinstance(model, PolicyModel):  # the head's weight is read outside its own module
         head = model.lm.get_output_embeddings()
