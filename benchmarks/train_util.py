@@ -144,8 +144,8 @@ def sides_of(folder: Path, config: Qwen3Config, lengths: Lengths) -> dict[str, W
             output = bare(micro.input_ids, micro.positions, micro.targets, packing=micro.packing)
             output.logprobs.sum().backward()
 
-    sharing = engine(folder, "float32", share_prompts=True)
-    padding = engine(folder, "float32", packing=False)
+    sharing = engine(folder, "float32", rows="shared")
+    padding = engine(folder, "float32", rows="padded")
     return {
         "float32 product": product(torch.float32),
         "bfloat16 product": product(torch.bfloat16),

@@ -141,7 +141,6 @@ _NO_CHANNEL = "the channel is off: set {}.weight to more than 0"
 _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
     ("algorithm.kl.estimator", _no_kl, "set algorithm.kl.coef to more than 0"),
     ("algorithm.kl.placement", _no_kl, "set algorithm.kl.coef to more than 0"),
-    ("rollout.lora", _no_adapter, "no adapter is trained: set model.lora.rank"),
     (
         "deadlines.reference",
         lambda c: not _no_adapter(c),
@@ -191,11 +190,6 @@ _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
             "no critic runs: set algorithm.advantage=gae, and algorithm.weight to more than 0",
         )
         for key in ("path", "lr", "value_clip", "warmup_steps")
-    ),
-    (
-        "trainer.share_prompts",
-        lambda c: not c.trainer.packing,
-        "only packed rows share a prompt: set trainer.packing=true",
     ),
     ("trainer.critic.value_clip", lambda c: c.trainer.updates_per_step == 1, _CLIPS),
     (
@@ -317,11 +311,6 @@ _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
         "checkpoint.keep_best",
         _no_eval,
         "without held-out evaluation no checkpoint is the best: set eval.every to more than 0",
-    ),
-    (
-        "tracker.project",
-        lambda c: all(name == "tensorboard" for name in c.tracker.use),
-        "neither run folders nor TensorBoard have projects: tracker.use=[wandb]",
     ),
     ("data.eval_path", _no_eval, "set eval.every to more than 0"),
     ("data.eval_size", _no_eval, "set eval.every to more than 0"),

@@ -39,8 +39,8 @@ def check_sampler(config: RunConfig) -> None:
             where="rollout.sync",
             fix="set rollout=vllm, or rollout.sync=auto, shared_memory, object_store or delta",
         )
-    if config.rollout.lora == "adapter" and config.model.lora is not None:
-        _check_adapter(config, config.model.lora)
+    if (adapter := sampled_adapter(config)) is not None:
+        _check_adapter(config, adapter)
     names = rounding(config.rollout)
     algorithm = config.algorithm
     corrected = algorithm.correction or algorithm.old_logprobs == "sampler"  # then the loss's own ratio is π/μ
@@ -52,16 +52,22 @@ def check_sampler(config: RunConfig) -> None:
         )
 
 
+def sampled_adapter(config: RunConfig) -> LoraConfig | None:
+    """The adapter that the sampler applies itself; None: there is none, or it is sent merged weights."""
+    adapter = config.model.lora
+    return adapter if adapter is not None and adapter.sync == "adapter" else None
+
+
 def _check_adapter(config: RunConfig, adapter: LoraConfig) -> None:
     """An adapter that the sampler applies itself, to weights that it has read itself."""
-    fix = "set rollout.lora=merged"
+    fix = "set model.lora.sync=merged"
     if not isinstance(config.rollout, VllmRollout):
-        raise UserError("the torch sampler takes whole weights", where="rollout.lora", fix=f"{fix}, or rollout=vllm")
+        raise UserError("the torch sampler takes whole weights", where="model.lora.sync", fix=f"{fix}, or rollout=vllm")
     if adapter.quantize is not None:
         raise UserError(
             f"the adapter is trained on weights rounded to {adapter.quantize}, and the sampler would add it "
             "to those that were not",
-            where="rollout.lora",
+            where="model.lora.sync",
             fix=fix,
         )
     if config.rollout.sync == "nccl":

@@ -31,12 +31,14 @@ class LoraConfig:
 
     rank: rows of A. targets: names of linear layers (``q_proj``), or ``all-linear``: all but the head.
     quantize: what the frozen linear layers are held in, ``nf4`` (4 bits) or ``int8``; null: ``model.dtype``.
+    sync: what samplers are sent: ``merged`` weights, or the ``adapter`` alone, which vLLM applies itself.
     """
 
     rank: Positive
     alpha: PositiveFloat = 32.0
     targets: Literal["all-linear"] | list[str] = "all-linear"
     quantize: Literal["nf4", "int8"] | None = None
+    sync: Literal["merged", "adapter"] = "merged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +197,6 @@ class _Rollout:
     dtype: of the sampler's weights.
     sync: how new weights reach the samplers. ``auto``: memory that they share on one host, NCCL between the GPUs of
         several, else the object store; ``delta``: through the object store, only what changed.
-    lora: what they are sent of a model with an adapter: ``merged`` weights, or A and B, which vLLM applies itself.
     environment: name or import path of the environment that a prompt is played in.
     mismatch_alarm: mean absolute log-prob difference between sampler and trainer above which an alarm is raised.
     """
@@ -207,7 +208,6 @@ class _Rollout:
     workers: Positive = 1
     dtype: Dtype = "float32"
     sync: Literal["auto", "shared_memory", "object_store", "nccl", "delta"] = "auto"
-    lora: Literal["merged", "adapter"] = "merged"
     environment: str = "single_turn"
     mismatch_alarm: PositiveFloat = 0.05
 
@@ -276,8 +276,8 @@ class TrainerConfig:
     updates_per_step: optimiser steps that a step's prompt groups are divided over; 1 is strictly on-policy.
     activations: of each layer until the backward pass: ``keep`` them, ``recompute`` them then, or ``offload`` them to
         main memory (GPU).
-    packing: a micro-batch is one row of sequences end to end, without padding; false: rows padded to the longest.
-    share_prompts: the prompt of a group is computed once for all its responses in a micro-batch (needs packing).
+    rows: of a micro-batch: ``packed``: one row of sequences end to end, without padding; ``shared``: the same, and the
+        prompt of a group is computed once for all its responses in it; ``padded``: a row each, as long as the longest.
     compile: decoder layers are compiled with torch.compile.
     lr, betas, eps, weight_decay: AdamW; biases, norms, embeddings and anything below two dimensions do not decay.
     max_grad_norm: global gradient norm is clipped to this.
@@ -291,8 +291,7 @@ class TrainerConfig:
     micro_batch_tokens: Positive = 8192
     updates_per_step: Positive = 1
     activations: Literal["keep", "recompute", "offload"] = "keep"
-    packing: Flag = True
-    share_prompts: Flag = False
+    rows: Literal["packed", "shared", "padded"] = "packed"
     compile: Flag = False
     lr: PositiveFloat = 1e-6
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.999])
@@ -556,13 +555,11 @@ class TrackerConfig:
     """Who is told about the run, besides its folder.
 
     use: any of ``tensorboard``, ``wandb``, or import paths.
-    project: name for trackers that have projects.
     rollouts: sampled rollouts written as JSONL each step, rounded up to whole groups.
     display: ``live``, ``plain`` lines, or ``auto`` (live on a terminal).
     """
 
     use: list[str] = field(default_factory=list)
-    project: str = "rlsys"
     rollouts: NonNegative = 16
     display: Literal["auto", "live", "plain"] = "auto"
 

@@ -290,7 +290,7 @@ class Job:
         """Hands the trainer's weights to the samplers and checks that they arrived."""
         with self._phase("sync"):
             if self._weights is None:
-                self._weights = WeightSync(self.groups.trainer, self.groups.rollout, self.config.rollout)
+                self._weights = WeightSync(self.groups.trainer, self.groups.rollout, self.config)
             self._metrics |= self._weights(self.version)
 
     @property

@@ -18,7 +18,7 @@ from rlsys.batch.versions import WeightVersion
 from rlsys.cluster.placement import ActorSpec
 from rlsys.cluster.session import Placement
 from rlsys.config.errors import UserError
-from rlsys.config.sampler import sampler_ranks
+from rlsys.config.sampler import sampled_adapter, sampler_ranks
 from rlsys.config.schema import DeadlineConfig, DistillationConfig, ModelConfig, RunConfig, TrainerConfig
 from rlsys.engines.sync.broadcast import Meeting
 from rlsys.engines.sync.buckets import Entry
@@ -110,7 +110,7 @@ class RolloutGroup(_Group):
                 max_length=max_length,
                 seed=config.seed,
                 threads=a.spec.threads,
-                adapter=config.model.lora if config.rollout.lora == "adapter" else None,
+                adapter=sampled_adapter(config),
                 what="loading the sampler",
             )
             for a in self._actors

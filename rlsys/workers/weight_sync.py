@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from rlsys.batch.versions import WeightVersion
-from rlsys.config.schema import RolloutConfig, VllmRollout
+from rlsys.config.sampler import sampled_adapter
+from rlsys.config.schema import RunConfig, VllmRollout
 from rlsys.engines.sync.transport import Transport, choose
 from rlsys.workers.groups import RolloutGroup, TrainerGroup
 from rlsys.workers.weights import SendRequest
@@ -19,8 +20,9 @@ class WeightSync:
         config: of the samplers; ``sync`` says the transport.
     """
 
-    def __init__(self, trainer: TrainerGroup, rollout: RolloutGroup, config: RolloutConfig):
-        self._trainer, self._rollout, self._config = trainer, rollout, config
+    def __init__(self, trainer: TrainerGroup, rollout: RolloutGroup, config: RunConfig):
+        self._trainer, self._rollout, self._config = trainer, rollout, config.rollout
+        self._adapter = sampled_adapter(config) is not None
         self._transport: Transport | None = None
         self._held: WeightVersion | None = None
 
@@ -38,7 +40,7 @@ class WeightSync:
         if self._transport is None:
             self._transport = self._chosen()
         base, self._held = self._held, None  # while it is under way nobody is known to hold anything
-        request = SendRequest(self._transport, version, base, adapter=self._config.lora == "adapter")
+        request = SendRequest(self._transport, version, base, adapter=self._adapter)
         if self._transport == "nccl":
             sent, taken = self._rollout.receive_broadcast(self._trainer, self._config.dtype, request)
         else:
@@ -59,6 +61,6 @@ class WeightSync:
             self._config.sync,
             one_host=all(receiver.identity == sender.identity for receiver in receivers),
             # An adapter is small, and vLLM's broadcast is of whole weights.
-            gpus=self._config.lora == "merged" and all(host.gpu for host in (sender, *receivers)),
+            gpus=not self._adapter and all(host.gpu for host in (sender, *receivers)),
             vllm=isinstance(self._config, VllmRollout),
         )

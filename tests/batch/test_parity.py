@@ -162,7 +162,7 @@ def _outcome(module: Any, steps: list[Step], count: int, seed: int) -> Any:
         try:
             data = _OPERATIONS[name](module, data, dice)
             if data.batch is not None:
-                data.batch.unlock_()  # verl's copy on a device stays locked where it was received, and cannot be changed
+                data.batch.unlock_()  # verl's copy of a received batch stays locked, and cannot be changed
         except (AssertionError, KeyError) as error:
             return type(error).__mro__[-3:]
     return data

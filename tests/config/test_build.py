@@ -202,7 +202,7 @@ def test_a_truncated_sampling_distribution_is_refused_with_the_reason(key: str) 
         "algorithm.kl.estimator=k1",
         "algorithm.loss_options.clip_high=0.3",
         "eval.pass_k=1",
-        "tracker.project=x",
+        "trainer.critic.lr=1e-4",
         "deadlines.reference=1",
     ],
 )

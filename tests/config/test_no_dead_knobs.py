@@ -63,7 +63,6 @@ def test_what_is_said_to_be_ignored_exists(key: str) -> None:
             ["algorithm.advantage_options.std=none", "algorithm.advantage_options.eps=0.1"],
             "algorithm.advantage_options.eps",
         ),
-        (["tracker.use=[tensorboard]", "tracker.project=mine"], "tracker.project"),
         (["data=file", "data.path=a", "eval.every=0", "data.eval_path=b"], "data.eval_path"),
         (["data=reasoning_gym", "data.task=a", "eval.every=0", "data.eval_size=5"], "data.eval_size"),
     ],

@@ -1,4 +1,4 @@
-"""model.lora.* and rollout.lora: the real engine with an adapter on one rank of a tiny model."""
+"""model.lora.*: the real engine with an adapter on one rank of a tiny model."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def lora(bench: Bench) -> None:
     assert 0 < near < far < torch.inf
 
 
-@entry("rollout.lora")
+@entry("model.lora.sync")
 def sent(bench: Bench) -> None:
     options = ["model.lora.rank=2", f"model.path={bench.model}"]
-    asked = [synced(bench, *options, "rollout=vllm", f"rollout.lora={what}")[1] for what in ("merged", "adapter")]
+    asked = [synced(bench, *options, "rollout=vllm", f"model.lora.sync={what}")[1] for what in ("merged", "adapter")]
     assert [request.adapter for request in asked] == [False, True]
     for refused, more in (
         ("torch sampler", ["rollout=torch"]),
@@ -47,4 +47,4 @@ def sent(bench: Bench) -> None:
         ("whole weights", ["rollout=vllm", "rollout.sync=nccl"]),
     ):
         with pytest.raises(UserError, match=refused):
-            bench.config(*options, *more, "rollout.lora=adapter")
+            bench.config(*options, *more, "model.lora.sync=adapter")

@@ -120,22 +120,6 @@ def tracker_use(bench: Bench) -> None:
     assert not (bench.started().folder.path / "tracked").exists()
 
 
-@entry("tracker.project")
-def tracker_project(bench: Bench) -> None:
-    wandb = pytest.importorskip("wandb")
-    asked: list[str] = []
-
-    def init(**arguments: Any) -> Any:
-        asked.append(arguments["project"])
-        return Actors()
-
-    bench.monkeypatch.setattr(wandb, "init", init)
-    bench.monkeypatch.setenv("WANDB_MODE", "offline")
-    bench.monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    bench.started("tracker.use=[wandb]", "tracker.project=mine")
-    assert asked == ["mine"]
-
-
 @entry("tracker.display")
 def tracker_display(bench: Bench) -> None:
     shown = [type(bench.started(f"tracker.display={mode}").display) for mode in ("plain", "live")]

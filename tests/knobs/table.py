@@ -112,7 +112,9 @@ class Bench:
         """``run_job`` without what happens inside the cluster; the observers that it made."""
         seen: list[Observers] = []
 
-        def supervise(config: RunConfig, inputs: Inputs, origin: Any, observers: Observers, *_: Any) -> tuple[int, str, None]:
+        def supervise(
+            config: RunConfig, inputs: Inputs, origin: Any, observers: Observers, *_: Any
+        ) -> tuple[int, str, None]:
             seen.append(observers)
             return run.FINISHED, "", None
 

@@ -141,11 +141,11 @@ def activations(bench: Bench) -> None:
     assert [lm.is_gradient_checkpointing and lm.training for lm in on] == [False, True]
 
 
-@entry("trainer.packing", "trainer.share_prompts")
+@entry("trainer.rows")
 def packing(bench: Bench) -> None:
     """Tokens and shape of the one micro-batch of a group."""
 
-    def seen(**leaves: bool) -> tuple[int, ...]:
+    def seen(**leaves: str) -> tuple[int, ...]:
         made = engine(bench, replace(TRAINER, micro_batch_tokens=1000, **leaves))
         group = DataProto.from_dict(tensors={
             "prompt_ids": jagged.from_values(torch.ones(8, dtype=torch.int64), torch.tensor([4, 4])),
@@ -156,9 +156,9 @@ def packing(bench: Bench) -> None:
         return tuple(micro.input_ids.shape)
 
     with process_group():
-        assert seen(packing=False) == (2, 8)
+        assert seen(rows="padded") == (2, 8)
         assert seen() == (1, 6 + 8)
-        assert seen(share_prompts=True) == (1, 4 + 2 + 4)
+        assert seen(rows="shared") == (1, 4 + 2 + 4)
 
 
 @entry("trainer.compile")

@@ -257,7 +257,7 @@ def adapter_arguments(adapter: LoraConfig) -> dict[str, Any]:
         raise UserError(
             f"vLLM applies adapters up to rank {max(get_args(MaxLoRARanks))}",
             where="model.lora.rank",
-            fix="choose a smaller rank, or rollout.lora=merged",
+            fix="choose a smaller rank, or model.lora.sync=merged",
         )
     return {
         "enable_lora": True,

@@ -34,7 +34,7 @@ _WEIGHTS = dict.fromkeys(
 _ADAPTER = dict.fromkeys(
     ("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras", "lora_dtype", "lora_target_modules",
      "fully_sharded_loras", "default_mm_loras"),
-    "set model.lora, and rollout.lora=adapter",
+    "set model.lora.rank, and model.lora.sync=adapter",
 )  # fmt: skip
 _PARALLEL = {
     "tensor_parallel_size": "set rollout.tensor_parallel",

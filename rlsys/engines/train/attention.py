@@ -260,8 +260,8 @@ def _attention(back: Back) -> Callable[..., tuple[torch.Tensor, None]]:
             what = ", ".join(unknown) or ("dropout" if dropout else "another mask than the causal one")
             raise UserError(
                 f"{type(module).__name__} asks for {what}, which attention over packed rows does not know",
-                where="trainer.packing",
-                fix="set trainer.packing=false",
+                where="trainer.rows",
+                fix="set trainer.rows=padded",
             )
         if packing is None:  # rows of a [b, T] matrix; they may be padded on the right
             packing = _whole_rows(query.shape[0], query.shape[2], query.device)
@@ -286,8 +286,8 @@ def _no_mask(
     if attention_mask is not None or use_vmap:
         raise UserError(
             "attention over packed rows takes no mask",
-            where="trainer.packing",
-            fix="set trainer.packing=false; the model's family makes masks of its own",
+            where="trainer.rows",
+            fix="set trainer.rows=padded; the model's family makes masks of its own",
         )
     return None
 

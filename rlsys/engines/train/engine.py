@@ -96,7 +96,7 @@ class ShardedEngine(ABC):
         """
         dtype = getattr(torch, model.dtype)
         held = torch.float32 if model.lora is None else dtype
-        lm = load_causal_lm(model, held, packing=trainer.packing)
+        lm = load_causal_lm(model, held, packing=trainer.rows != "padded")
         max_length = context_length(lm)
         adapter = None if model.lora is None else add_adapter(lm, model.lora, seed=seed)
         prepare_layers(lm, trainer, training_device())
@@ -267,7 +267,7 @@ class ShardedEngine(ABC):
             max_length=self._max_length,
             token_budget=self._trainer.micro_batch_tokens,
             packing=packs(self._model.lm),
-            share_prompts=self._trainer.share_prompts,
+            share_prompts=self._trainer.rows == "shared",
             **wanted,  # type: ignore[arg-type]
         )
 

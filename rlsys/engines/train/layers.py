@@ -20,7 +20,7 @@ _SMALL = 1 << 16  # elements; what is smaller stays where it is
 
 
 def prepare_layers(lm: PreTrainedModel, trainer: TrainerConfig, device: torch.device) -> None:
-    """Applies ``trainer.activations`` and ``trainer.compile``, and checks ``trainer.share_prompts``. device: that it
+    """Applies ``trainer.activations`` and ``trainer.compile``, and checks ``trainer.rows``. device: that it
     will be trained on.
 
     Raises:
@@ -30,11 +30,11 @@ def prepare_layers(lm: PreTrainedModel, trainer: TrainerConfig, device: torch.de
     for key, wanted in (("activations", trainer.activations == "offload"), ("compile", trainer.compile)):
         if wanted and not isinstance(layers, nn.ModuleList):
             raise UserError(f"{type(lm).__name__} has no list of layers", where=f"trainer.{key}", fix="leave it out")
-    if trainer.share_prompts and not packs(lm):
+    if trainer.rows == "shared" and not packs(lm):
         raise UserError(
-            "prompts are shared in packed rows only" + ("" if trainer.packing else ", and trainer.packing is false"),
-            where="trainer.share_prompts",
-            fix="set trainer.packing=true; a model whose family cannot be packed cannot share them",
+            f"prompts are shared in packed rows only, and {type(lm).__name__} cannot be packed",
+            where="trainer.rows",
+            fix="set trainer.rows=padded",
         )
     if trainer.activations == "offload" and device.type == "cpu":
         raise UserError(

@@ -37,7 +37,7 @@ class ReferenceEngine:
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        lm = load_causal_lm(model, getattr(torch, model.dtype), packing=trainer.packing)
+        lm = load_causal_lm(model, getattr(torch, model.dtype), packing=trainer.rows != "padded")
         policy = PolicyModel(lm, temperature=temperature)
         return cls(policy, trainer, max_length=context_length(lm))
 
@@ -54,7 +54,7 @@ class ReferenceEngine:
             max_length=self._max_length,
             token_budget=self._trainer.micro_batch_tokens,
             packing=packs(self._policy.lm),
-            share_prompts=self._trainer.share_prompts,
+            share_prompts=self._trainer.rows == "shared",
         )
         logprobs = torch.zeros(rows.num_tokens, device=self._device)
         for micro in rows.cut(len(rows.plan), self._device):

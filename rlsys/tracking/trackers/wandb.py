@@ -37,7 +37,7 @@ class WandB:
         if mode == "online" and not has_credentials():
             mode = "offline"
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT") or config.get("tracker", {}).get("project", "rlsys"),
+            project=os.environ.get("WANDB_PROJECT") or "rlsys",
             name=config.get("name"),
             id=folder.name.replace("~", "-"),
             resume="allow" if mode == "online" else None,

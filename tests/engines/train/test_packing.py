@@ -20,6 +20,8 @@ from rlsys.config.errors import UserError
 from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
 from rlsys.engines.train.attention import Packing, packs, set_attention, unpackable
 from rlsys.engines.train.fsdp import FsdpEngine
+from rlsys.engines.train.layers import prepare_layers
+from rlsys.engines.train.model import load_causal_lm
 from rlsys.engines.train.reference import ReferenceEngine
 from rlsys.engines.train.rows import RankRows
 
@@ -159,8 +161,8 @@ def test_packed_and_padded_steps_agree(folder: Path, budget: int) -> None:
     """Every kind of sequence: responses, the teacher's, both sides of pairs."""
     batch = composed_batch(seed=3)
     engines = [
-        load(folder, replace(TRAINER, micro_batch_tokens=budget, packing=packed), distillation=TEACHER)
-        for packed in (False, True)
+        load(folder, replace(TRAINER, micro_batch_tokens=budget, rows=rows), distillation=TEACHER)
+        for rows in ("padded", "packed")
     ]
     padded, packed = (step(engine, batch, OBJECTIVE) for engine in engines)
     assert_agree(padded, packed)
@@ -177,7 +179,7 @@ def test_a_critic_and_a_reference_take_packed_rows(folder: Path) -> None:
         ("values", torch.zeros(len(tokens))), ("returns", torch.linspace(-1, 1, len(tokens))))}  # fmt: skip
     batch = DataProto.from_dict(tensors=dict(batch.batch.items()) | columns)
     objective = Objective({"critic": (ValueLoss(clip=None), 1.0)})
-    trainers = [replace(TRAINER, packing=packed) for packed in (False, True)]
+    trainers = [replace(TRAINER, rows="packed" if packed else "padded") for packed in (False, True)]
     assert_agree(*(step(load(folder, trainer, critic=True), batch, objective) for trainer in trainers))
     references = [ReferenceEngine.load(ModelConfig(path=str(folder)), t, temperature=0.7) for t in trainers]
     one, other = (jagged.values(reference.forward(batch).batch["ref_logprobs"]) for reference in references)
@@ -189,7 +191,7 @@ def test_a_critic_and_a_reference_take_packed_rows(folder: Path) -> None:
 def test_a_shared_prompt_has_the_same_loss_and_gradient(folder: Path, budget: int, attention: str) -> None:
     batch, objective = groups(), Objective({"policy": (PolicyGradient(kl_coef=0.1, entropy_coef=0.01), 1.0)})
     trainer = replace(TRAINER, micro_batch_tokens=budget)
-    sharing = replace(trainer, share_prompts=True)
+    sharing = replace(trainer, rows="shared")
     model = ModelConfig(path=str(folder), attention=attention)
     one, other = (FsdpEngine.load(model, t, temperature=0.7, total_steps=1, seed=0) for t in (trainer, sharing))
     assert_agree(step(one, batch, objective), step(other, batch, objective))
@@ -203,8 +205,8 @@ def test_sharing_beside_pairs_and_a_teacher(folder: Path) -> None:
     prompts = [rows[0] if len(row) else row for row in rows]
     batch = DataProto.from_dict(tensors=dict(batch.batch.items()) | {"prompt_ids": jagged.from_rows(prompts)})
     found = [
-        step(load(folder, replace(TRAINER, share_prompts=share), distillation=TEACHER), batch, OBJECTIVE)
-        for share in (False, True)
+        step(load(folder, replace(TRAINER, rows=rows), distillation=TEACHER), batch, OBJECTIVE)
+        for rows in ("packed", "shared")
     ]
     assert_agree(*found)
 
@@ -215,7 +217,7 @@ def test_the_order_of_rows_does_not_matter(folder: Path) -> None:
     shuffled = DataProto.from_dict(
         tensors={n: jagged.from_rows([jagged.to_rows(c)[row] for row in order]) for n, c in batch.batch.items()}
     )
-    for trainer in (TRAINER, replace(TRAINER, share_prompts=True, micro_batch_tokens=80)):
+    for trainer in (TRAINER, replace(TRAINER, rows="shared", micro_batch_tokens=80)):
         assert_agree(*(step(load(folder, trainer), b, objective) for b in (batch, shuffled)))
 
 
@@ -271,10 +273,11 @@ def test_offloaded_activations_are_refused_on_a_cpu(folder: Path) -> None:
     assert error.value.where == "trainer.activations"
 
 
-def test_a_prompt_cannot_be_shared_where_rows_are_padded(folder: Path) -> None:
+def test_a_prompt_cannot_be_shared_by_a_family_that_is_not_packed(folder: Path) -> None:
+    lm = load_causal_lm(ModelConfig(path=str(folder)), torch.float32, packing=False)
     with pytest.raises(UserError, match="packed rows") as error:
-        load(folder, replace(TRAINER, share_prompts=True, packing=False))
-    assert error.value.where == "trainer.share_prompts"
+        prepare_layers(lm, replace(TRAINER, rows="shared"), CPU)
+    assert error.value.where == "trainer.rows"
 
 
 @pytest.mark.slow
