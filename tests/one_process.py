@@ -77,7 +77,7 @@ def one_process() -> Iterator[Run]:
             run_config(*SMALL, "rollout=torch", f"run_root={root / 'runs'}", *overrides, recipe=recipe)
         )
 
-    here = SimpleNamespace(remote=actor, kill=lambda handle: None, ObjectRef=ray.ObjectRef)
+    here = SimpleNamespace(remote=actor, kill=lambda handle: None, ObjectRef=ray.ObjectRef, put=ray.put)
     with pytest.MonkeyPatch.context() as patch, process_group():
         patch.setattr(groups, "ray", here)
         patch.setattr(controller, "connect", _session)

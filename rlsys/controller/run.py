@@ -26,6 +26,7 @@ from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
 from rlsys.cluster.placement import plan
 from rlsys.cluster.session import Placement, Session, connect
+from rlsys.config.assets import bundled_model
 from rlsys.config.compose import overridden_keys
 from rlsys.config.errors import UserError
 from rlsys.config.ignored import refuse_ignored_on
@@ -169,10 +170,12 @@ def _sampler_bytes(config: RunConfig, inputs: Inputs) -> int:
 
 def _export(config: RunConfig, trainer: TrainerGroup, folder: RunFolder, source: Path) -> None:
     """The final weights as a Hugging Face folder, in the dtype that the model came in; an adapter merged, and by
-    itself."""
+    itself, in float32 as it was trained."""
     trainer.export_hf(str(folder.path / "model"), str(source), _export_dtype(source))
     if adapts(config):
-        trainer.save_adapter(str(folder.path / "adapter"), config.model.path, _export_dtype(source))
+        local = Path(bundled_model(config.model.path)).expanduser().is_dir()
+        base = str(source) if local else config.model.path  # a name of the hub means the same elsewhere
+        trainer.save_adapter(str(folder.path / "adapter"), base, "float32")
 
 
 def _failure(error: Exception) -> int:

@@ -153,7 +153,7 @@ class TrainerWorker(Metered, verbs=_VERBS):
         config = AutoConfig.from_pretrained(model.path)
         counts = self._engine.parameter_count, self._engine.trained_count
         self._flops = ModelFlops.of(config, *counts, value_head=critic)
-        self._model = model
+        self._model, self._critic = model, critic
         return counts
 
     def measure_peak(self) -> float:
@@ -425,7 +425,10 @@ class TrainerWorker(Metered, verbs=_VERBS):
         return SentWeights("nccl", [], checksum, nbytes, seconds)
 
     def save_state(self, folder: str) -> None:
+        """The engine's state; a policy's adapter besides in peft's format, which other programs load (``adapter/``)."""
         self._engine.save_state(Path(folder))
+        if self._model.lora is not None and not self._critic:
+            self.save_adapter(str(Path(folder) / "adapter"), self._model.path, "float32")
 
     def load_state(self, folder: str) -> None:
         self._engine.load_state(Path(folder))

@@ -56,7 +56,7 @@ def resolve_targets(model: ModelConfig) -> ModelConfig:
     """The model with the names of the layers that are adapted, without its weights being read.
 
     Raises:
-        UserError: peft is not installed, or a target is no linear layer of this model.
+        UserError: peft is not installed, a target is no linear layer of this model, or the rank is larger than one has.
     """
     if model.lora is None:
         return model
@@ -187,28 +187,46 @@ def _targets(lm: PreTrainedModel, config: LoraConfig) -> list[str]:
     """Last parts of the names of the linear layers that ``config`` means.
 
     Raises:
-        UserError: a name is none of them.
+        UserError: a name is none of them, there are none, or the rank is larger than a layer has.
     """
-    names = {name.rpartition(".")[2] for name, module in lm.base_model.named_modules() if isinstance(module, nn.Linear)}
-    if config.targets == "all-linear":
-        return sorted(names)
-    for target in config.targets:
-        if target in names:
-            continue
-        kept = (lm.get_input_embeddings(), "embedding"), (lm.get_output_embeddings(), "head")
-        for which in [w for part, w in kept for n, m in lm.named_modules() if m is part and n.split(".")[-1] == target]:
-            raise UserError(
-                f"'{target}' is the model's {which}, which cannot have an adapter: log-probs are computed from the "
-                "head's weight itself, a few rows at a time, and many models share it with the embedding",
-                where="model.lora.targets",
-                fix=f"some of: {', '.join(sorted(names))}; or all-linear",
-            )
+    layers: dict[str, list[nn.Linear]] = {}
+    for name, module in lm.base_model.named_modules():
+        if isinstance(module, nn.Linear):
+            layers.setdefault(name.rpartition(".")[2], []).append(module)
+    if not layers:
         raise UserError(
-            f"{type(lm).__name__} has no linear layer '{target}'",
+            f"{type(lm).__name__} has no linear layers that an adapter could be put into",
             where="model.lora.targets",
-            fix=f"some of: {', '.join(sorted(names))}; or all-linear",
+            fix="leave model.lora out to train all weights",
         )
-    return list(config.targets)
+    names = sorted(layers) if config.targets == "all-linear" else list(config.targets)
+    fix = f"some of: {', '.join(sorted(layers))}; or all-linear"
+    if not names:
+        raise UserError("no layer is named", where="model.lora.targets", fix=fix)
+    for target in names:
+        if target not in layers:
+            raise UserError(_no_target(lm, target), where="model.lora.targets", fix=fix)
+        smallest = min(min(layer.in_features, layer.out_features) for layer in layers[target])
+        if config.rank > smallest:
+            raise UserError(
+                f"B·A of rank {config.rank} is more than '{target}' can have, which is {smallest} wide at its narrow "
+                "side",
+                where="model.lora.rank",
+                fix=f"at most {smallest}; adapters are useful far below it (4 to 64)",
+            )
+    return names
+
+
+def _no_target(lm: PreTrainedModel, target: str) -> str:
+    """Why ``target`` is no layer to adapt."""
+    kept = {"embedding": lm.get_input_embeddings(), "head": lm.get_output_embeddings()}
+    for which, part in kept.items():
+        if any(module is part and name.rpartition(".")[2] == target for name, module in lm.named_modules()):
+            return (
+                f"'{target}' is the model's {which}, which cannot have an adapter: log-probs are computed from the "
+                "head's weight itself, a few rows at a time, and many models share it with the embedding"
+            )
+    return f"{type(lm).__name__} has no linear layer '{target}'"
 
 
 def _check_package() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from model_folders import make_model, make_model_folder
 from training_batches import composed_batch, process_group, random_batch, whole
+from transformers import GPT2Config
 
 from rlsys.algorithms.channels import Distillation, PolicyGradient, Preference
 from rlsys.algorithms.channels.value import ValueLoss
@@ -257,6 +258,29 @@ def test_targets_that_cannot_be_adapted_are_refused(folder: Path, targets: list[
         resolve_targets(ModelConfig(path=str(folder), lora=LoraConfig(rank=2, targets=targets)))
     assert error.value.where == "model.lora.targets"
     assert "q_proj" in str(error.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("options", "where", "message"),
+    [
+        ({"rank": 65}, "rank", "rank 65 is more than"),
+        ({"rank": 2, "targets": []}, "targets", "no layer is named"),
+    ],
+)
+def test_an_adapter_that_can_be_none_is_refused_before_weights_are_read(
+    folder: Path, options: dict[str, Any], where: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        resolve_targets(ModelConfig(path=str(folder), lora=LoraConfig(**options)))
+    assert error.value.where == f"model.lora.{where}"
+    assert error.value.fix
+    resolve_targets(ModelConfig(path=str(folder), lora=LoraConfig(rank=64)))
+
+
+def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
+    GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=72).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="GPT2LMHeadModel has no linear layers"):
+        resolve_targets(ModelConfig(path=str(tmp_path), lora=LORA))
 
 
 def test_all_linear_layers_are_all_but_the_head(folder: Path) -> None:
