@@ -64,8 +64,9 @@ class SyntheticWorker(Metered, verbs=("generate", "score", "load_batch", "forwar
         torch.set_num_threads(1)
         self._calls: Counter[str] = Counter()
 
-    def generate(self, prompts: DataProto, request: SampleRequest) -> tuple[DataProto, Any]:
+    def generate(self, prompts: DataProto, first: int, last: int, request: SampleRequest) -> tuple[DataProto, Any]:
         self._calls["generate"] += 1
+        prompts = prompts.slice(first, last)
         rows = len(prompts) * request.samples
         generator = np.random.default_rng(rows)
         lengths = torch.from_numpy(np.maximum(generator.gamma(2.8, RESPONSE / 2.8, rows).astype(np.int64), 1))
@@ -84,13 +85,11 @@ class SyntheticWorker(Metered, verbs=("generate", "score", "load_batch", "forwar
         batch.non_tensor_batch["finish_reason"] = np.array(["stop"] * rows, dtype=object)
         return batch, summarize(batch)
 
-    def score(
-        self, batch: DataProto, record_rows: int, step_rows: int, train: bool = True
-    ) -> tuple[DataProto, RewardSummary]:
+    def score(self, record_rows: list[int], step_rows: int, train: bool, *shards: DataProto) -> tuple[Any, ...]:
         self._calls["score"] += 1
-        rewards = (torch.arange(len(batch)) % 3 == 0).float()
-        columns = DataProto.from_dict(tensors={"rewards": rewards})
-        return columns, RewardSummary(rewards.numpy(), {"correct": rewards.double().numpy()}, [], [])
+        rewards = [(torch.arange(len(shard)) % 3 == 0).float() for shard in shards]
+        columns = [DataProto.from_dict(tensors={"rewards": values}) for values in rewards]
+        return *columns, [RewardSummary(v.numpy(), {"correct": v.double().numpy()}, [], []) for v in rewards]
 
     def load_batch(self, *_: Any, **__: Any) -> None:
         self._calls["load_batch"] += 1
@@ -243,9 +242,9 @@ matter of bytes, not of rows.
 The limit for the driver's time from 8 to 512 workers is {LIMIT:.0f} times. CPU: of the driver's process, its Ray
 threads included (`process_time`); of the loop's thread: `thread_time`. Medians over {steps - 1} steps, a first one
 does not count. Calls: of all verbs, answers of actors about themselves included. Memory: the largest resident set
-while it ran. What grows with the workers is one call of each of them and one for its rewards; most of a call's time is
-Ray's own, in the driver's core-worker threads. Beyond 64 workers there is one shard a worker, and 64 of them are asked
-for their figures in a step.
+while it ran. What grows with the workers is one call of each of them; most of a call's time is
+Ray's own, in the driver's core-worker threads. Beyond 64 workers there is one shard a worker, rewards are asked for
+by 64 calls, and 64 workers are asked for their figures in a step.
 
 {report.measured("benchmarks.controller_scale", "ray", "numpy")}
 """

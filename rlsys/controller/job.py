@@ -497,7 +497,7 @@ class Job:
         if self.groups.reference is None:
             return pairs
         for side in ("chosen", "rejected"):
-            column, call = self.groups.reference.logprobs(ray.put(reference_view(pairs, side)))
+            (column,), call = self.groups.reference.logprobs([ray.put(reference_view(pairs, side))])
             gather([call], phase="reference", seconds=self.config.deadlines.reference, stop=self.stop)
             pairs = with_reference(pairs, side, ray.get(column))
         return pairs

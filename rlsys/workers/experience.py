@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +21,9 @@ from rlsys.workers.trainer import Slice
 from rlsys.workers.waits import Call, StopFlag, as_completed, gather
 
 SHARDS_PER_WORKER = 4  # so that rewards of the first are computed while the last is still sampled
-_MANY_SHARDS = 64  # beyond, several of one worker gain nothing: the workers themselves end at different times
+# Beyond, several shards of one worker gain nothing: the workers themselves end at different times. Rewards are asked
+# for by at most so many calls too, each about shards that ended one after another: calls are what the driver pays for.
+_MANY_SHARDS = 64
 
 
 @dataclass(frozen=True)
@@ -139,30 +142,42 @@ def collect(
     """
     clock = [time.monotonic()]
     workers = len(rollout)
-    pieces = list(_cut(prompts, max(workers, min(workers * shards_per_worker, _MANY_SHARDS))))
-    calls = rollout.generate(pieces, request)
+    pieces = _cut(len(prompts), max(workers, min(workers * shards_per_worker, _MANY_SHARDS)))
+    calls = rollout.generate(prompts, pieces, request)
     order = {call.ref: index for index, call in enumerate(calls)}
+    rows_before = np.cumsum([0, *(len(piece) * request.samples for piece in pieces)])
     sampled: dict[int, RolloutSummary] = {}
     columns: dict[int, tuple[ray.ObjectRef, ...]] = {}
     scoring: list[Call] = []
     referring: list[Call] = []
-    rows_before = np.cumsum([0, *(len(piece) * request.samples for piece in pieces)])
+    played: list[tuple[int, ray.ObjectRef]] = []  # shards that nobody has been told about yet
+    together = math.ceil(len(pieces) / _MANY_SHARDS)
     for call, summary in as_completed(calls, phase="rollout", seconds=deadlines.rollout, stop=stop):
         index = order[call.ref]
         sampled[index] = summary
-        wanted = int(np.clip(record_rows - rows_before[index], 0, len(summary)))
+        played.append((index, call.payload))
+        if len(played) < together and len(sampled) < len(calls):
+            continue
+        indices, shards = [i for i, _ in played], [ref for _, ref in played]
+        wanted = [int(np.clip(record_rows - rows_before[i], 0, len(sampled[i]))) for i in indices]
         rewards, scored = reward.score(
-            call.payload, record_rows=wanted, step_rows=int(rows_before[-1]), payload=index, train=train
+            shards, record_rows=wanted, step_rows=int(rows_before[-1]), payload=indices, train=train
         )
         scoring.append(scored)
-        columns[index] = (call.payload, rewards)
+        found = [shards, rewards]
         if reference is not None:
-            column, waiting = reference.logprobs(call.payload)
-            columns[index] += (column,)
+            logprobs, waiting = reference.logprobs(shards)
+            found.append(logprobs)
             referring.append(waiting)
+        columns |= dict(zip(indices, zip(*found, strict=True), strict=True))
+        played = []
     clock.append(time.monotonic())
     answers = gather(scoring, phase="reward", seconds=deadlines.reward, stop=stop)
-    scores = {call.payload: answer for call, answer in zip(scoring, answers, strict=True)}
+    scores = {
+        index: summary
+        for call, answer in zip(scoring, answers, strict=True)
+        for index, summary in zip(call.payload, answer, strict=True)
+    }
     clock.append(time.monotonic())
     gather(referring, phase="reference", seconds=deadlines.reference, stop=stop)
     clock.append(time.monotonic())
@@ -171,10 +186,10 @@ def collect(
     return Experience([Shard(columns[i], sampled[i], scores[i]) for i in sorted(sampled)], seconds)
 
 
-def _cut(prompts: DataProto, shards: int) -> Iterator[DataProto]:
+def _cut(prompts: int, shards: int) -> list[range]:
     """At most ``shards`` nearly equal runs of consecutive prompts."""
-    for rows in np.array_split(np.arange(len(prompts)), min(shards, len(prompts))):
-        yield prompts.slice(int(rows[0]), int(rows[-1]) + 1)  # a view: it is copied once, into the object store
+    edges = [piece[0] for piece in np.array_split(np.arange(prompts), min(shards, prompts))]
+    return [range(int(first), int(last)) for first, last in zip(edges, [*edges[1:], prompts], strict=True)]
 
 
 def assign(experience: Experience, *, ranks: int, updates: int) -> list[list[np.ndarray]]:

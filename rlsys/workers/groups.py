@@ -116,13 +116,14 @@ class RolloutGroup(_Group):
             for a in self._actors
         ]
 
-    def generate(self, shards: Iterable[DataProto], request: SampleRequest) -> list[Call]:
-        """One call a shard, dealt round over the workers; the payload is the reference of the shard's columns."""
-        calls = []
-        for index, shard in enumerate(shards):
+    def generate(self, prompts: DataProto, shards: Iterable[range], request: SampleRequest) -> list[Call]:
+        """One call a shard (rows of the prompts), dealt round over the workers; the payload is the reference of the
+        shard's columns. The prompts are copied once, into the object store."""
+        calls, shared = [], ray.put(prompts)
+        for index, rows in enumerate(shards):
             actor = self._actors[index % len(self._actors)]
-            batch, summary = actor.handle.generate.options(num_returns=2).remote(shard, request)
-            calls.append(Call(summary, actor.spec.name, f"{len(shard) * request.samples} responses", batch))
+            batch, summary = actor.handle.generate.options(num_returns=2).remote(shared, rows.start, rows.stop, request)
+            calls.append(Call(summary, actor.spec.name, f"{len(rows) * request.samples} responses", batch))
         return calls
 
     def hosts(self) -> list[Host]:
@@ -198,16 +199,24 @@ class RewardGroup(_Group):
         ]
 
     def score(
-        self, batch: ray.ObjectRef, *, record_rows: int, step_rows: int, payload: Any, train: bool = True
-    ) -> tuple[ray.ObjectRef, Call]:
-        """The reference of the shard's reward columns, and the call whose answer is its RewardSummary.
+        self,
+        shards: Sequence[ray.ObjectRef],
+        *,
+        record_rows: Sequence[int],
+        step_rows: int,
+        payload: Any,
+        train: bool = True,
+    ) -> tuple[list[ray.ObjectRef], Call]:
+        """The references of the shards' reward columns, and the call whose answer is their RewardSummaries.
 
         Args:
+            record_rows: by shard.
             train: also write what the loss needs (see RewardWorker.score).
         """
         actor = self._actors[0]
-        columns, summary = actor.handle.score.options(num_returns=2).remote(batch, record_rows, step_rows, train)
-        return columns, Call(summary, actor.spec.name, "rewards of a shard", payload)
+        verb = actor.handle.score.options(num_returns=len(shards) + 1)
+        *columns, summaries = verb.remote(list(record_rows), step_rows, train, *shards)
+        return columns, Call(summaries, actor.spec.name, f"rewards of {len(shards)} shards", payload)
 
 
 class ReferenceGroup(_Group):
@@ -226,11 +235,11 @@ class ReferenceGroup(_Group):
             for a in self._actors
         ]
 
-    def logprobs(self, batch: ray.ObjectRef) -> tuple[ray.ObjectRef, Call]:
-        """The reference of the shard's column ``ref_logprobs``, and the call that ends when it is there."""
+    def logprobs(self, shards: Sequence[ray.ObjectRef]) -> tuple[list[ray.ObjectRef], Call]:
+        """The references of the shards' column ``ref_logprobs``, and the call that ends when they are there."""
         actor = self._actors[0]
-        column, rows = actor.handle.logprobs.options(num_returns=2).remote(batch)
-        return column, Call(rows, actor.spec.name, "reference log-probs of a shard")
+        *columns, rows = actor.handle.logprobs.options(num_returns=len(shards) + 1).remote(*shards)
+        return columns, Call(rows, actor.spec.name, f"reference log-probs of {len(shards)} shards")
 
 
 class TrainerGroup(_Group):

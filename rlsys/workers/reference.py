@@ -13,10 +13,12 @@ class ReferenceWorker(Metered, verbs=("logprobs",)):
     def start(self, model: ModelConfig, trainer: TrainerConfig, *, temperature: float, threads: int) -> None:
         self._engine = ReferenceEngine.load(model, trainer, temperature=temperature, threads=threads)
 
-    def logprobs(self, batch: DataProto) -> tuple[DataProto, int]:
-        """The column ``ref_logprobs`` of a shard with rollout columns, and its number of rows, for who only waits."""
-        check_columns(batch, ("prompt_ids", "response_ids", "response_mask"), "reference")
-        return self._engine.forward(batch), len(batch)
+    def logprobs(self, *shards: DataProto) -> tuple[DataProto | int, ...]:
+        """The column ``ref_logprobs`` of each shard with rollout columns, and the number of all rows, for who only
+        waits."""
+        for shard in shards:
+            check_columns(shard, ("prompt_ids", "response_ids", "response_mask"), "reference")
+        return *(self._engine.forward(shard) for shard in shards), sum(map(len, shards))
 
     def close(self) -> None:
         """Nothing outlives the process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,18 +87,27 @@ class RewardWorker(Metered, verbs=("score",)):
         self._budget = FailureBudget(config.max_failure_rate)
 
     def score(
-        self, batch: DataProto, record_rows: int, step_rows: int, train: bool = True
-    ) -> tuple[DataProto, RewardSummary]:
-        """Writes rewards, scores and feedback of a shard with rollout columns; for training also teacher contexts and
+        self, record_rows: Sequence[int], step_rows: int, train: bool, *shards: DataProto
+    ) -> tuple[DataProto | list[RewardSummary], ...]:
+        """Writes rewards, scores and feedback of shards with rollout columns; for training also teacher contexts and
         the mask of functional tokens, where they are wanted.
 
         Args:
-            record_rows: so many of the first rows come back in full in the summary.
+            record_rows: by shard, so many of the first rows come back in full in the summary.
             step_rows: of the whole step, which the failure budget is a fraction of.
 
+        Returns:
+            The columns of each shard, and at the end the summaries of all.
+
         Raises:
-            RewardBudgetExceeded: this shard's failures alone are more than the step may have.
+            RewardBudgetExceeded: a shard's failures alone are more than the step may have.
         """
+        scored = [self._score(shard, rows, step_rows, train) for shard, rows in zip(shards, record_rows, strict=True)]
+        return *(columns for columns, _ in scored), [summary for _, summary in scored]
+
+    def _score(
+        self, batch: DataProto, record_rows: int, step_rows: int, train: bool
+    ) -> tuple[DataProto, RewardSummary]:
         check_columns(batch, _READS, "reward")
         texts = self._tokenizer.batch_decode(
             [row.tolist() for row in jagged.to_rows(batch.batch["response_ids"])], skip_special_tokens=True

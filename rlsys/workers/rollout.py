@@ -78,8 +78,10 @@ class RolloutWorker(Metered, verbs=("generate", "update_weights")):
         self._intake = WeightIntake()
         self._environment: Environment = ENVIRONMENTS.get(config.environment, where="rollout.environment")()
 
-    async def generate(self, prompts: DataProto, request: SampleRequest) -> tuple[DataProto, RolloutSummary]:
-        """Plays ``request.samples`` samples of every prompt.
+    async def generate(
+        self, prompts: DataProto, first: int, last: int, request: SampleRequest
+    ) -> tuple[DataProto, RolloutSummary]:
+        """Plays ``request.samples`` samples of every prompt from row ``first`` up to ``last``, which is not played.
 
         Args:
             prompts: columns uid, prompt_ids, task; one row a prompt.
@@ -87,6 +89,7 @@ class RolloutWorker(Metered, verbs=("generate", "update_weights")):
         Returns:
             The rollout columns, whole groups in the order of the prompts, and what the driver needs to know of them.
         """
+        prompts = prompts.slice(first, last)
         check_columns(prompts, ("uid", "prompt_ids", "task"), "rollout")
         settings = SamplingSettings(
             temperature=request.temperature,

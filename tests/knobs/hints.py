@@ -101,7 +101,7 @@ def written(config: RunConfig, batch: DataProto) -> DataProto:
     group.starting(config)
     worker = RewardWorker()
     worker.start(*started[0])
-    columns, _ = worker.score(batch, 0, len(batch))
+    columns, _ = worker.score([0], len(batch), True, batch)
     worker.close()
     return columns
 

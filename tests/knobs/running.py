@@ -120,7 +120,7 @@ def answer(bench: Bench, **changes: Any) -> str:
     async def sample() -> torch.Tensor:
         worker = RolloutWorker()
         await worker.start(str(inputs.model_folder), config, max_length=24, seed=0, threads=1)
-        batch, _ = await worker.generate(prompts, SampleRequest(1, 0.0, 8, run_seed=0))
+        batch, _ = await worker.generate(prompts, 0, 1, SampleRequest(1, 0.0, 8, run_seed=0))
         await worker.close()
         return jagged.values(batch.batch["response_ids"])
 

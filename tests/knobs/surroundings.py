@@ -78,8 +78,11 @@ def experience_deadlines(bench: Bench) -> None:
             return never if phase == late else ray.put(summary)
 
         rollout = Actors({"generate": lambda *_: [Call(answered(shard.rollout, "rollout"), "sampler", "responses")]})
-        score = lambda *_, payload, **__: (None, Call(answered(shard.reward, "reward"), "reward", "rewards", payload))  # noqa: E731
-        reference = Actors({"logprobs": lambda _: (None, Call(answered(4, "reference"), "reference", "log-probs"))})
+
+        def score(*_: Any, payload: Any, **__: Any) -> tuple[list[None], Call]:
+            return [None], Call(answered([shard.reward], "reward"), "reward", "rewards", payload)
+
+        reference = Actors({"logprobs": lambda _: ([None], Call(answered(4, "reference"), "reference", "log-probs"))})
         request = SampleRequest(2, 1.0, 8, run_seed=0)
         return lambda d: collect(prompts, request, rollout, Actors({"score": score}), reference, d, StopFlag())  # type: ignore[arg-type]
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import ray
+import torch
 from experiences import make_experience
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsys.workers.experience import assign
+from rlsys.batch import DataProto
+from rlsys.config.schema import DeadlineConfig
+from rlsys.workers.experience import assign, collect
+from rlsys.workers.rollout import SampleRequest
+from rlsys.workers.waits import Call, StopFlag
 
 group_lists = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=6), min_size=1, max_size=12)
 
@@ -72,3 +80,40 @@ def test_fields_are_joined_over_shards_in_row_order() -> None:
 def _starts(experience: object) -> list[int]:
     lengths = [len(shard.rollout) for shard in experience.shards]  # type: ignore[attr-defined]
     return np.cumsum([0, *lengths[:-1]]).tolist()
+
+
+class Played:
+    """A rollout, a reward and a reference group that have every answer ready: shards of one prompt and one response."""
+
+    def __init__(self, prompts: int):
+        self.shards = make_experience([[n + 1] for n in range(prompts)], shards=prompts).shards
+        self.of_column = {shard.columns[0]: shard for shard in self.shards}
+        self.asked: list[list[str]] = []
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def generate(self, prompts: DataProto, pieces: list[range], _: SampleRequest) -> list[Call]:
+        assert [row for piece in pieces for row in piece] == list(range(len(prompts)))
+        return [Call(ray.put(shard.rollout), "sampler", "responses", shard.columns[0]) for shard in self.shards]
+
+    def score(self, shards: list[str], *, payload: Any, **_: Any) -> tuple[list[str], Call]:
+        self.asked.append(shards)
+        summaries = [self.of_column[name].reward for name in shards]
+        return [self.of_column[name].columns[1] for name in shards], Call(ray.put(summaries), "r", "rewards", payload)
+
+    def logprobs(self, shards: list[str]) -> tuple[list[str], Call]:
+        return [self.of_column[name].columns[2] for name in shards], Call(ray.put(0), "r", "log-probs")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("prompts", "calls"), [(3, 3), (64, 64), (150, 50)])
+def test_rewards_of_many_shards_are_asked_for_by_few_calls(ray_cluster: None, prompts: int, calls: int) -> None:
+    group: Any = Played(prompts)
+    rows = DataProto.from_dict(tensors={"row": torch.arange(prompts)})
+    request = SampleRequest(1, 1.0, 8, run_seed=0)
+    found = collect(rows, request, group, group, group, DeadlineConfig(), StopFlag())
+    assert len(group.asked) == calls
+    assert sorted(name for names in group.asked for name in names) == sorted(group.of_column), "every shard once"
+    assert [shard.columns for shard in found.shards] == [shard.columns for shard in group.shards]
+    assert found.rollout("response_lengths").tolist() == list(range(1, prompts + 1))

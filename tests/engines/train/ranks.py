@@ -43,7 +43,7 @@ WRITERS = ("zero3", "fsdp")  # in the order in which their checkpoints are read:
 OPTIONS: dict[tuple[str, int], dict[str, Any]] = {
     ("fsdp", 4): {"shard_ranks": 2},
     ("zero3", 4): {"offload": "all"},
-    ("zero3", 2): {"packing": False, "micro_batch_tokens": 260, "activations": "recompute"},
+    ("zero3", 2): {"rows": "padded", "micro_batch_tokens": 260, "activations": "recompute"},
     ("zero3", 1): {"offload": "optimizer"},
 }
 

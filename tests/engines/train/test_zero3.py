@@ -93,7 +93,7 @@ def test_a_critic(folders: tuple[Path, Path]) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"activations": "recompute"}, {"packing": False}, {"offload": "all"}])
+@pytest.mark.parametrize("options", [{"activations": "recompute"}, {"rows": "padded"}, {"offload": "all"}])
 def test_what_saves_memory_changes_nothing(folders: tuple[Path, Path], options: dict[str, Any]) -> None:
     (plain, _), (_, saving) = pair(folders[0]), pair(folders[0], trainer=replace(TRAINER, **options))
     batch = random_batch()
