@@ -63,8 +63,8 @@ what a sampler gets at each step.
 
 {report.table(header, rows)}
 
-One seed: differences of about a point are noise. On a model this small rank 8 is about a tenth of the weights; of a real one
-it is far below a hundredth.
+One seed: differences of about a point are noise. On a model this small rank 8 is about a tenth of the weights; of a
+real one it is far below a hundredth.
 
 {settings}
 
