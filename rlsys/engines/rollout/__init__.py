@@ -18,6 +18,7 @@ async def start_engine(
     seed: int = 0,
     threads: int | None = None,
     adapter: LoraConfig | None = None,
+    sleeps: bool = False,
 ) -> RolloutEngine:
     """Starts the engine that ``config`` names, inside the event loop that will use it.
 
@@ -28,6 +29,7 @@ async def start_engine(
         seed: the engine's own; each sample has one of its own besides.
         threads: CPU threads of the model's kernels; None: one a core that this process may use.
         adapter: updates are of this adapter, and vLLM's alone; None: of whole weights.
+        sleeps: it will be put to sleep.
 
     Raises:
         UserError: vLLM is wanted but not installed, or ``engine_args`` names what vLLM lacks or rlsys decides.
@@ -47,8 +49,8 @@ async def start_engine(
                 fix="install rlsys[cpu] or rlsys[gpu], or sample with rollout=torch",
             ) from error
         return await VllmEngine.start(
-            model_path, config, max_length=max_length, seed=seed, threads=threads, adapter=adapter
+            model_path, config, max_length=max_length, seed=seed, threads=threads, adapter=adapter, sleeps=sleeps
         )
     from rlsys.engines.rollout.torch import TorchEngine
 
-    return TorchEngine(model_path, config, max_length=max_length, threads=threads)
+    return TorchEngine(model_path, config, max_length=max_length, threads=threads, sleeps=sleeps)

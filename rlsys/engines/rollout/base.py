@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from rlsys.batch.versions import WeightVersion
@@ -10,7 +11,17 @@ from rlsys.config.errors import UserError
 from rlsys.engines.sync.buckets import Bucket, Parcel
 from rlsys.environments.base import Sample, SamplingParams
 
-__all__ = ["Bucket", "Parcel", "RolloutEngine", "Sample", "SamplingParams", "WeightVersion", "check_prompt"]
+__all__ = ["Bucket", "Parcel", "Rest", "RolloutEngine", "Sample", "SamplingParams", "WeightVersion", "check_prompt"]
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What a sleep or a waking did. before, after: bytes in use, of the sampler's processes on a CPU, of its GPUs by
+    everybody on a GPU. due: bytes by which the one must at least differ from the other."""
+
+    before: int = 0
+    after: int = 0
+    due: int = 0
 
 
 class RolloutEngine(Protocol):
@@ -49,6 +60,23 @@ class RolloutEngine(Protocol):
 
         Raises:
             SyncError: the update broke off half-way; the engine samples nothing more.
+        """
+        ...
+
+    async def sleep(self, *, weights: bool = True) -> Rest:
+        """Gives back the memory of the KV cache; what is under way is given up. Nothing is sampled until :meth:`wake`.
+
+        Args:
+            weights: also that of the weights, which must then be sent anew: ``update_weights`` makes room for them.
+                Weights that are never sent (an adapter's base) are kept where they cost the device nothing.
+        """
+        ...
+
+    async def wake(self) -> Rest:
+        """Takes the memory of the KV cache again; without a sleep before it nothing happens.
+
+        Raises:
+            SyncError: the weights were given back, and no new ones have come.
         """
         ...
 

@@ -155,6 +155,11 @@ class ContinuousBatch:
         """To be called when the model has new weights, and nothing is under way."""
         self._decoder.refresh()
 
+    def release(self) -> int:
+        """Gives up everything under way, and the memory of the cache: so many bytes."""
+        self.clear()
+        return self._cache.release()
+
     @torch.inference_mode()
     def drop(self, is_unwanted: Callable[[Continuation], bool]) -> None:
         """Gives up rows that nobody waits for any more."""

@@ -77,6 +77,14 @@ class KVCache:
         self._starts = [self._starts[row] for row in order]
         self.rows = len(order)
 
+    def release(self) -> int:
+        """Gives the memory back; there are no rows any more. Returns bytes."""
+        self.keep([])
+        nbytes = self._storage.nbytes
+        self._storage = self._storage.new_empty(0)
+        self._lay_out(0, 0)
+        return nbytes
+
     def _move(self, rows: int, length: int, response: int) -> None:
         """To a buffer with so many rows, and room for a prompt of ``length`` before the clock's column."""
         first, mask, buffer = min(self._starts), self._mask, self._buffer

@@ -16,17 +16,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from rlsys.batch.versions import WeightVersion
 from rlsys.config.schema import TorchRollout
-from rlsys.engines.rollout.base import check_prompt
+from rlsys.engines.rollout.base import Rest, check_prompt
 from rlsys.engines.rollout.batching import Continuation, ContinuousBatch, Finished
 from rlsys.engines.rollout.decoder import Decoder, unsupported
 from rlsys.engines.rollout.stopping import end_token_ids
 from rlsys.engines.rollout.whole_batches import WholeBatches
+from rlsys.engines.storages import Emptied, own, storages, used_bytes
 from rlsys.engines.sync.buckets import Parcel
 from rlsys.engines.sync.checksum import weights_checksum
 from rlsys.engines.sync.verify import SyncError
 from rlsys.environments.base import Sample, SamplingParams
 
 _QUIET_TURNS = 3  # of the event loop, until nobody is expected to call any more
+
+_ASLEEP = "the sampler was put to sleep"
 
 _Batch = ContinuousBatch | WholeBatches
 _log = logging.getLogger(__name__)
@@ -46,9 +49,18 @@ class TorchEngine:
         config: the run's rollout group.
         max_length: longest prompt + response in tokens.
         threads: CPU threads of torch in this process; None: as they are.
+        sleeps: it will be put to sleep: weights lie in memory that can be given back, not in a mapped file.
     """
 
-    def __init__(self, model_path: str, config: TorchRollout, *, max_length: int, threads: int | None = None):
+    def __init__(
+        self,
+        model_path: str,
+        config: TorchRollout,
+        *,
+        max_length: int,
+        threads: int | None = None,
+        sleeps: bool = False,
+    ):
         if threads is not None:
             torch.set_num_threads(threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,6 +70,8 @@ class TorchEngine:
         self.version = WeightVersion(0, 0)
         self.last_update_s: dict[str, float] = {}
         self._model = model.to(device).eval().requires_grad_(False)
+        if sleeps:
+            own(self._model.parameters())
         self._model.generation_config = GenerationConfig()  # the folder's own may truncate or penalise
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
         self._max_length = max_length
@@ -71,6 +85,8 @@ class TorchEngine:
         self._weights = asyncio.Lock()
         self._wanted = 0  # calls that wait for the weights to be at rest
         self._broken: str | None = None
+        self._asleep = False
+        self._emptied: Emptied | None = None  # the weights' memory, while it is given back
         # One thread of its own: torch keeps a team of threads for each thread that computes.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
 
@@ -84,6 +100,8 @@ class TorchEngine:
 
     async def generate(self, token_ids: list[int], params: SamplingParams) -> Sample:
         check_prompt(token_ids, self._max_length)
+        if self._asleep:
+            raise SyncError(_ASLEEP)
         limit = min(params.max_tokens, self._max_length - len(token_ids))
         answer: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
         self._arrived.append(Continuation(token_ids, params, limit, answer))
@@ -101,7 +119,10 @@ class TorchEngine:
                 raise SyncError(self._broken)
             began = time.perf_counter()
             try:
+                if self._emptied is not None:
+                    self._emptied.restore()
                 await self._in_thread(self._load, buckets)
+                self._emptied = None
             except BaseException as error:
                 self._broken = (
                     f"an update to {tuple(version)} broke off half-way ({error!r}): the sampler must be restarted"
@@ -112,6 +133,26 @@ class TorchEngine:
             checksum = await self._in_thread(self._checksum)
             self.last_update_s = {"load": loaded - began, "held_checksum": time.perf_counter() - loaded}
             return str(checksum)
+
+    async def sleep(self, *, weights: bool = True) -> Rest:
+        self._asleep = True
+        async with self._at_rest():
+            for request in (*self._waiting, *self._arrived):
+                _refuse(request)
+            self._waiting, self._arrived = [], []
+            before, due = used_bytes(self._model.device), self._batch.release()
+            if weights and self._emptied is None:
+                self._emptied = Emptied(storages(self._held(), self._model.device.type))
+                due += self._emptied.nbytes
+            return Rest(before, used_bytes(self._model.device), due)
+
+    async def wake(self) -> Rest:
+        """The cache takes memory when there is something to put into it."""
+        if self._emptied is not None:
+            raise SyncError("the sampler was woken before it was sent the weights that it gave back")
+        self._asleep = False
+        used = used_bytes(self._model.device)
+        return Rest(used, used)
 
     async def close(self) -> None:
         if self._runner is not None:
@@ -153,6 +194,8 @@ class TorchEngine:
             raise SyncError(self._broken)
         batch = self._batch
         while True:
+            if self._asleep:
+                raise SyncError(_ASLEEP)
             if self._waiting and not self._wanted and batch.room:
                 entering, self._waiting = self._waiting[: batch.room], self._waiting[batch.room :]
                 entering = [request for request in entering if not _answer(request).done()]
@@ -200,6 +243,10 @@ class TorchEngine:
     async def _in_thread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, partial(function, *args, **kwargs))
 
+    def _held(self) -> list[torch.Tensor]:
+        """What the weights lie in; the decoder's matrices are among it."""
+        return [parameter.data for parameter in self._model.parameters()]
+
     def _checksum(self) -> str:
         return weights_checksum(self._model.named_parameters())
 
@@ -212,6 +259,11 @@ class TorchEngine:
         if missing:
             raise ValueError(f"no new weights came for {', '.join(missing)}")
         self._batch.refresh()
+
+
+def _refuse(request: Continuation) -> None:
+    if not _answer(request).done():
+        _answer(request).set_exception(SyncError(_ASLEEP))
 
 
 def _answer(request: Continuation) -> asyncio.Future[Sample]:

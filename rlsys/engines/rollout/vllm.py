@@ -32,7 +32,7 @@ from rlsys.batch.versions import WeightVersion
 from rlsys.config.errors import UserError
 from rlsys.config.sampler import sampler_ranks
 from rlsys.config.schema import LoraConfig, VllmRollout
-from rlsys.engines.rollout.base import check_prompt
+from rlsys.engines.rollout.base import Rest, check_prompt
 from rlsys.engines.rollout.stopping import end_token_ids
 from rlsys.engines.rollout.vllm_args import check_engine_args
 from rlsys.engines.rollout.vllm_environment import core_environment
@@ -44,6 +44,7 @@ from rlsys.engines.sync.shared_memory import Segment, SharedBucket
 from rlsys.engines.sync.verify import SyncError
 from rlsys.environments.base import Sample, SamplingParams
 
+_ASLEEP = "the sampler was put to sleep"
 _RECEIVER = "rlsys.engines.rollout.vllm_weights.WeightReceiver"
 
 
@@ -64,6 +65,9 @@ class VllmEngine:
         self._broken: str | None = None
         self._adapts = adapts
         self._adapters = itertools.count(1)
+        self._asleep = False
+        self._away: set[str] = set()  # what of it vLLM's allocator has unmapped
+        self._lost = False  # the weights' memory was given back, and no new ones have come
         self._adapter: LoRARequest | None = None  # what is sampled with, once there was an update
 
     @classmethod
@@ -76,6 +80,7 @@ class VllmEngine:
         seed: int = 0,
         threads: int | None = None,
         adapter: LoraConfig | None = None,
+        sleeps: bool = False,
     ) -> VllmEngine:
         """Loads the model and is ready to sample; blocks the event loop until then (about 10 s on a CPU).
 
@@ -86,6 +91,7 @@ class VllmEngine:
             seed: vLLM's own seed; each sample has one of its own besides.
             threads: CPU threads of the model's kernels; None: one a core that this process may use.
             adapter: updates are of this adapter; None: of whole weights.
+            sleeps: it will be put to sleep.
 
         Raises:
             UserError: ``config.engine_args`` names something that vLLM lacks or rlsys decides, or vLLM refuses a value.
@@ -93,6 +99,8 @@ class VllmEngine:
         arguments = engine_arguments(model_path, config, max_length=max_length, seed=seed)
         if adapter is not None:
             arguments |= adapter_arguments(adapter)
+        if sleeps and not current_platform.is_cpu():
+            arguments["enable_sleep_mode"] = True
         threads = max(1, (threads or len(os.sched_getaffinity(0))) // sampler_ranks(config))
         with core_environment(threads, on_cpu=current_platform.is_cpu(), eager=arguments["enforce_eager"]):
             try:
@@ -114,8 +122,8 @@ class VllmEngine:
 
     async def generate(self, token_ids: list[int], params: SamplingParams) -> Sample:
         check_prompt(token_ids, self._max_length)
-        if self._broken:
-            raise SyncError(self._broken)
+        if self._broken or self._asleep:
+            raise SyncError(self._broken or _ASLEEP)
         final: RequestOutput | None = None
         request = tokens_input(prompt_token_ids=token_ids)
         async for output in self._engine.generate(
@@ -123,7 +131,7 @@ class VllmEngine:
         ):
             final = output
         if final is None or final.outputs[0].finish_reason not in ("stop", "length"):
-            raise SyncError(self._broken or "the sampler gave up a sequence under way")
+            raise SyncError(self._broken or (_ASLEEP if self._asleep else "the sampler gave up a sequence under way"))
         return _sample(final)
 
     async def checksum(self) -> str:
@@ -137,6 +145,8 @@ class VllmEngine:
             await self._engine.pause_generation(mode="wait", clear_cache=True)
             try:
                 began = time.perf_counter()
+                if self._asleep:
+                    await self._make_room()
                 await (self._load_adapter(buckets, version) if self._adapts else self._load(buckets))
                 loaded = time.perf_counter()
                 checksum = await self.checksum()
@@ -148,9 +158,58 @@ class VllmEngine:
                 )
                 await self._engine.pause_generation(mode="abort", clear_cache=False)
                 raise SyncError(self._broken) from error
-            self.version = version
-            await self._engine.resume_generation()
+            self.version, self._lost = version, False
+            if not self._asleep:
+                await self._engine.resume_generation()
             return checksum
+
+    async def sleep(self, *, weights: bool = True) -> Rest:
+        """On GPUs an adapter's base, which nobody sends anew, waits in main memory; on a CPU it stays."""
+        async with self._updating:
+            self._asleep = True
+            weights = weights and not self._lost
+            before = await self._used()
+            await self._engine.pause_generation(mode="abort", clear_cache=True)
+            due = 0
+            if current_platform.is_cpu():
+                weights = weights and not self._adapts
+                due = sum(await self._rpc("rlsys_sleep", weights))
+            elif weights:
+                await self._engine.sleep(level=1 if self._adapts else 2)
+                self._away = {"weights", "kv_cache"}
+            elif not self._away:
+                await self._engine.release_kv_cache_memory()
+                self._away = {"kv_cache"}
+            self._lost = self._lost or (weights and not self._adapts)
+            return Rest(before, await self._used(), due)
+
+    async def wake(self) -> Rest:
+        async with self._updating:
+            if self._broken or self._lost:
+                raise SyncError(
+                    self._broken or "the sampler was woken before it was sent the weights that it gave back"
+                )
+            before = await self._used()
+            if self._asleep:
+                if current_platform.is_cpu():
+                    await self._rpc("rlsys_wake")
+                elif self._away:
+                    await self._engine.wake_up(sorted(self._away))
+                    self._away = set()
+                await self._engine.resume_generation()
+                self._asleep = False
+            return Rest(before, await self._used())
+
+    async def _make_room(self) -> None:
+        """The weights get memory, the cache does not yet: until the trainer has left there may be none for it."""
+        if current_platform.is_cpu():
+            await self._rpc("rlsys_make_room")
+        elif "weights" in self._away:
+            await self._engine.wake_up(["weights"])
+            self._away.remove("weights")
+
+    async def _used(self) -> int:
+        return sum(await self._rpc("rlsys_used"))
 
     async def close(self) -> None:
         engine = self.__dict__.pop("_engine", None)  # vLLM's finaliser must not be left to the interpreter's exit

@@ -49,6 +49,7 @@ _PARALLEL = {
 _SAFETY = {
     "trust_remote_code": "code from a model folder is never run",
     "enable_log_requests": "rollouts are written to the run folder",
+    "enable_sleep_mode": "set cluster.placement=colocated",
     "watermark": "a watermark changes the distribution that is sampled from",
     "watermark_config": "a watermark changes the distribution that is sampled from",
 }

@@ -20,6 +20,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from rlsys.engines.rollout.vllm_adapter import adapter_pieces, use_adapter
 from rlsys.engines.rollout.vllm_held import held_pieces, remember_packed_weights
+from rlsys.engines.rollout.vllm_sleep import Sleeper
+from rlsys.engines.storages import used_bytes
 from rlsys.engines.sync.broadcast import Listener, Meeting
 from rlsys.engines.sync.buckets import Entry
 from rlsys.engines.sync.shared_memory import SharedBucket
@@ -114,6 +116,28 @@ class WeightReceiver:
         with torch.no_grad(), set_current_vllm_config(self.vllm_config):
             finalize_layerwise_reload(model, self.model_config)
             refresh_tied_head(model)
+
+    def rlsys_sleep(self, weights: bool) -> int:
+        """On a CPU: see ``Sleeper.sleep``."""
+        return self._sleeper().sleep(weights=weights)
+
+    def rlsys_make_room(self) -> None:
+        """On a CPU: gives the weights memory, which new ones are then loaded into."""
+        self._sleeper().make_room()
+
+    def rlsys_wake(self) -> None:
+        """On a CPU: gives the KV cache memory."""
+        self._sleeper().wake()
+
+    def rlsys_used(self) -> int:
+        """Bytes in use: of this rank's GPU, or of this process."""
+        return used_bytes(self.device)
+
+    def _sleeper(self) -> Sleeper:
+        if "rlsys_sleeper" not in self.__dict__:
+            self.__dict__["rlsys_sleeper"] = Sleeper(self.model_runner.get_model(), self.model_runner.kv_caches)
+        sleeper: Sleeper = self.__dict__["rlsys_sleeper"]
+        return sleeper
 
     def rlsys_held(self) -> list[tuple[Any, ...]]:
         """The weights that this rank computes with: fields of ``Piece``."""

@@ -42,6 +42,11 @@ class WholeBatches:
     def refresh(self) -> None:
         """Nothing is kept of the weights."""
 
+    def release(self) -> int:
+        """Gives up everything under way; a cache lives no longer than its batch, so that there are no bytes of it."""
+        self.clear()
+        return 0
+
     def drop(self, is_unwanted: Callable[[Continuation], bool]) -> None:
         self._batch = [sequence for sequence in self._batch if not is_unwanted(sequence)]
 
