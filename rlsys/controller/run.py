@@ -31,6 +31,7 @@ from rlsys.config.compose import overridden_keys
 from rlsys.config.errors import UserError
 from rlsys.config.ignored import refuse_ignored_on
 from rlsys.config.schema import RunConfig
+from rlsys.controller.heap import settled_heap
 from rlsys.controller.inputs import Inputs, check_inputs
 from rlsys.controller.job import Groups, GuardStop, Job, Observers
 from rlsys.controller.loop import train
@@ -146,7 +147,8 @@ def _supervise(
             if profile:
                 job.profile = traced = Profile(groups, sampler_ops=config.rollout.engine == "torch")
             try:
-                train(job)
+                with settled_heap():
+                    train(job)
                 if config.checkpoint.export:
                     _export(config, groups.trainer, observers.folder, inputs.model_folder)
             except StopRequested:
