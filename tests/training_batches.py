@@ -16,11 +16,13 @@ from rlsys.checkpoint.shards import Shard
 from rlsys.engines.train import init_process_group
 
 
-def random_batch(seed: int = 0, rows: int = 10, vocab: int = 72, given_tokens: bool = True) -> DataProto:
-    """Ragged rows with every column that a policy-gradient channel may read; some response tokens are given."""
+def random_batch(seed: int = 0, rows: int = 10, vocab: int = 72, given_tokens: bool = True, tail: int = 0) -> DataProto:
+    """Ragged rows with every column that a policy-gradient channel may read; some response tokens are given. tail: so
+    many tokens more in the first response."""
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(1, 12, (rows,), generator=generator)
     responses = torch.randint(1, 20, (rows,), generator=generator)
+    responses[0] += tail
     tokens = int(responses.sum())
     mask = torch.ones(tokens, dtype=torch.bool)
     if given_tokens:
@@ -43,10 +45,10 @@ def random_batch(seed: int = 0, rows: int = 10, vocab: int = 72, given_tokens: b
     )
 
 
-def composed_batch(seed: int = 0, rows: int = 10, vocab: int = 72) -> DataProto:
+def composed_batch(seed: int = 0, rows: int = 10, vocab: int = 72, tail: int = 0) -> DataProto:
     """random_batch with teachers' contexts on some rows and preference pairs on others; the last two rows are pairs
     alone."""
-    batch = random_batch(seed, rows, vocab)
+    batch = random_batch(seed, rows, vocab, tail=tail)
     generator = torch.Generator().manual_seed(seed + 1)
     samples = rows - 2
     columns = {name: jagged.to_rows(column)[:samples] for name, column in batch.batch.items()}

@@ -46,12 +46,18 @@ def plan(config: RunConfig, *, gpus: int, cores: int) -> Plan:
     several GPUs has them to itself, beside the trainer's: Ray can share one GPU, not several at once.
 
     Raises:
-        UserError: more trainer ranks or rollout workers than GPUs.
+        UserError: more trainer ranks or rollout workers than GPUs, or ranks that do not divide.
     """
     each = sampler_ranks(config.rollout)
     own = each * config.rollout.workers if gpus and each > 1 else 0  # GPUs that only samplers use
     ranks = config.trainer.ranks or max(gpus - own, 1)
     _check_room(config, gpus, ranks, own, each)
+    if ranks % config.trainer.sequence_ranks:
+        raise UserError(
+            f"{ranks} trainer ranks cannot be divided into groups of {config.trainer.sequence_ranks} that share a row",
+            where="trainer.sequence_ranks",
+            fix=f"choose a divisor of {ranks}, or set trainer.ranks",
+        )
     threads = config.cluster.threads or max(1, cores // ranks)
     actors: list[ActorSpec] = []
     for role, count in (

@@ -37,6 +37,7 @@ _KNOWN_ELSEWHERE = {
     "trainer.micro_batch_size": "use trainer.micro_batch_tokens (a budget in tokens, not in rows)",
     "trainer.mini_batch_size": "use trainer.updates_per_step (optimiser steps that a step's groups are divided over)",
     "trainer.learning_rate": "use trainer.lr",
+    "data.task_seed": "use data.options.seed",
 }
 
 
@@ -162,18 +163,25 @@ def cross_check(config: RunConfig) -> None:
     """
     data, trainer = config.data, config.trainer
     sample = data.max_prompt_tokens + data.max_response_tokens
-    if trainer.micro_batch_tokens < sample:
+    together = trainer.sequence_ranks  # ranks that hold one sample
+    if trainer.micro_batch_tokens * together < sample:
         raise UserError(
-            f"the token budget of a micro-batch ({trainer.micro_batch_tokens}) is smaller than one sample "
+            f"the token budget of a micro-batch ({trainer.micro_batch_tokens * together}) is smaller than one sample "
             f"({data.max_prompt_tokens} prompt + {data.max_response_tokens} response tokens)",
             where="trainer.micro_batch_tokens",
-            fix=f"set trainer.micro_batch_tokens={sample} or more, or shorten data.max_response_tokens",
+            fix=f"set trainer.micro_batch_tokens={-(-sample // together)} or more, or shorten data.max_response_tokens",
         )
     if trainer.ranks is not None and trainer.shard_ranks is not None and trainer.ranks % trainer.shard_ranks:
         raise UserError(
             f"{trainer.ranks} trainer ranks cannot be divided into groups of {trainer.shard_ranks}",
             where="trainer.shard_ranks",
             fix=f"choose a divisor of {trainer.ranks}",
+        )
+    if together > 1 and trainer.rows == "padded":
+        raise UserError(
+            "ranks hold packed rows together, and rows are padded",
+            where="trainer.sequence_ranks",
+            fix="set trainer.rows=packed or shared",
         )
     if trainer.backend == "fsdp" and trainer.offload == "optimizer":
         raise UserError(
@@ -275,11 +283,12 @@ def _check_budget(config: RunConfig) -> None:
         longest, count = max(longest, config.hints.max_tokens + data.max_response_tokens), count + 1
     if algorithm.preference.weight:
         count = count + 2 if config.replay.source == "groups" else max(count, 2)
-    if count > 1 and config.trainer.micro_batch_tokens < count * longest:
+    ranks = config.trainer.sequence_ranks  # that hold a row together
+    if count > 1 and config.trainer.micro_batch_tokens * ranks < count * longest:
         teacher = "" if no_teacher(config) else ", or shorten hints.max_tokens"
         raise UserError(
             f"a row may have {count} sequences of {longest} tokens, which stay together, and a micro-batch "
-            f"{config.trainer.micro_batch_tokens} tokens",
+            f"{config.trainer.micro_batch_tokens * ranks} tokens",
             where="trainer.micro_batch_tokens",
-            fix=f"set trainer.micro_batch_tokens={count * longest} or more{teacher}",
+            fix=f"set trainer.micro_batch_tokens={-(-count * longest // ranks)} or more{teacher}",
         )

@@ -133,15 +133,13 @@ class ReasoningGymData(_Data):
 
     task: name of the generator (``basic_arithmetic``, ``chain_sum``, …).
     size: number of training problems; ``eval_size`` of held-out ones (another seed; repeats are dropped).
-    task_seed: seed of the generator.
-    options: arguments of the generator (``min_digits``, …), checked by reasoning-gym.
+    options: arguments of the generator (``min_digits``, …), checked by reasoning-gym; its ``seed`` among them (0).
     """
 
     kind: Literal["reasoning_gym"]
     task: str
     size: Positive = 10_000
     eval_size: NonNegative = 500
-    task_seed: Integer = 0
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -270,9 +268,11 @@ class TrainerConfig:
     backend: ``fsdp``: FSDP2 (``fully_shard``); ``zero3``: DeepSpeed ZeRO-3.
     ranks: trainer processes; null: one a GPU, or one on a CPU.
     shard_ranks: weights are spread over so many ranks and replicated across the others (fsdp); null: over all.
+    sequence_ranks: so many neighbouring ranks hold a packed row together, each a slice of its tokens.
     offload: on GPUs, what lies in main memory: ``optimizer``: float32 weights and moments (zero3 alone); ``all``: every
         rank's part of the weights too.
-    micro_batch_tokens: most tokens (padding included) in one forward and backward pass of a rank.
+    micro_batch_tokens: most tokens (padding included) in one forward and backward pass of a rank; a row that several
+        hold together may have so many for each.
     updates_per_step: optimiser steps that a step's prompt groups are divided over; 1 is strictly on-policy.
     activations: of each layer until the backward pass: ``keep`` them, ``recompute`` them then, or ``offload`` them to
         main memory (GPU).
@@ -287,6 +287,7 @@ class TrainerConfig:
     backend: Literal["fsdp", "zero3"] = "fsdp"
     ranks: Positive | None = None
     shard_ranks: Positive | None = None
+    sequence_ranks: Positive = 1
     offload: Literal["none", "optimizer", "all"] = "none"
     micro_batch_tokens: Positive = 8192
     updates_per_step: Positive = 1

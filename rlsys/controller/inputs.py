@@ -79,6 +79,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     _check_contexts(config, tokenizer)
     config = _teacher(config, tokenizer)
     critic_folder = _critic(config, folder, tokenizer)
+    _check_heads(config, {str(folder), critic_folder or str(folder)})
     dataset = load_dataset(config.data)
     encoder = PromptEncoder(
         tokenizer,
@@ -276,6 +277,23 @@ def _download(path: str, where: str) -> Path:
 def _context(folder: Path) -> int | None:
     """Longest sequence of the model, in tokens; None: it does not say."""
     return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+
+
+def _check_heads(config: RunConfig, folders: set[str]) -> None:
+    """That ranks can share the rows of every model that is trained or looks at them.
+
+    Raises:
+        UserError: one of them has heads that do not divide.
+    """
+    if config.trainer.sequence_ranks == 1:
+        return
+    from rlsys.engines.train.model import load_config  # transformers' models take seconds to import
+    from rlsys.engines.train.ulysses import check_sequence_ranks
+
+    distillation = config.algorithm.distillation
+    teachers = {distillation.teacher_path} if needs_teacher(config) and distillation.teacher == "model" else set()
+    for path in sorted(folders | {path for path in teachers if path}):
+        check_sequence_ranks(load_config(replace(config.model, path=path)), config.trainer)
 
 
 def _check_teacher_length(folder: Path, config: RunConfig) -> None:

@@ -29,6 +29,8 @@ _FREE = (
     "trainer.backend",
     "trainer.ranks",
     "trainer.shard_ranks",
+    "trainer.sequence_ranks",
+    "trainer.micro_batch_tokens",
     "trainer.offload",
     "cluster",
     "checkpoint",

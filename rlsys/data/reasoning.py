@@ -14,7 +14,7 @@ from rlsys.data.base import Dataset, LazyRows, Row, user_row
 
 # Problem i of a generator is seeded with seed + i: held-out ones start further off than any training set is long.
 _HELD_OUT_SEED = 1 << 30
-_OWN_KEYS = {"seed": "data.task_seed", "size": "data.size"}
+_OWN_KEYS = {"size": "data.size"}
 
 Entry = dict[str, Any]
 
@@ -25,10 +25,13 @@ def load_reasoning_gym(config: ReasoningGymData) -> Dataset:
     Raises:
         UserError: no such task or option, options that the task refuses, or no held-out problem is left.
     """
-    train = _generate(config, config.size, config.task_seed)
+    seed = config.options.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise UserError(f"a seed is an integer, not {seed!r}", where="data.options.seed", fix="set data.options.seed=0")
+    train = _generate(config, config.size, seed)
     seen = {entry["question"] for entry in train}
     held_out: list[Entry] = []
-    for entry in _generate(config, config.eval_size, config.task_seed + _HELD_OUT_SEED) if config.eval_size else ():
+    for entry in _generate(config, config.eval_size, seed + _HELD_OUT_SEED) if config.eval_size else ():
         if entry["question"] not in seen:
             seen.add(entry["question"])
             held_out.append(entry)
@@ -72,7 +75,7 @@ def _generate(config: ReasoningGymData, size: int, seed: int) -> list[Entry]:
                 fix=_nearest(name, known),
             )
     try:
-        return list(reasoning_gym.create_dataset(config.task, size=size, seed=seed, **config.options))
+        return list(reasoning_gym.create_dataset(config.task, **(config.options | {"size": size, "seed": seed})))
     except (AssertionError, ArithmeticError, LookupError, TypeError, ValueError) as error:  # how its tasks refuse
         raise UserError(
             f"the task '{config.task}' refuses its options: {str(error) or type(error).__name__}",

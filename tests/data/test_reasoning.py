@@ -55,8 +55,8 @@ def test_problems_follow_the_seed_alone():
     def questions(dataset: Dataset) -> list[str]:
         return [row.task["prompt"] for row in [*dataset.train, *dataset.held_out]]
 
-    assert questions(load(task_seed=5)) == questions(load(task_seed=5))
-    assert questions(load(task_seed=5)) != questions(load(task_seed=6))
+    assert questions(load(options={"seed": 5})) == questions(load(options={"seed": 5}))
+    assert questions(load(options={"seed": 5})) != questions(load(options={"seed": 6}))
 
 
 def test_options_reach_the_generator():
@@ -69,7 +69,7 @@ def test_options_reach_the_generator():
     [
         ({"task": "chain_sums"}, "data.task", "chain_sum"),
         ({"options": {"min_digit": 2}}, "data.options.min_digit", "min_digits"),
-        ({"options": {"seed": 2}}, "data.options.seed", "data.task_seed"),
+        ({"options": {"seed": "two"}}, "data.options.seed", "integer"),
         ({"options": {"size": 2}}, "data.options.size", "data.size"),
         ({"options": {"min_digits": 0}}, "data.options", "chain_sum"),
         ({"options": {"min_digits": "many"}}, "data.options", "chain_sum"),

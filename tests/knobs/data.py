@@ -141,11 +141,11 @@ def files(bench: Bench) -> None:
     assert load_dataset(replace(config, answer_key="gold")).train[0].task["answer"] == "4"
 
 
-@entry("data.task", "data.size", "data.eval_size", "data.task_seed", "data.options")
+@entry("data.task", "data.size", "data.eval_size", "data.options")
 def reasoning_gym(bench: Bench) -> None:
     base = load_dataset(GYM)
     assert (len(base.train), len(base.held_out)) == (6, 4)
     assert len(load_dataset(replace(GYM, size=9)).train) == 9
     assert len(load_dataset(replace(GYM, eval_size=2)).held_out) == 2
-    for change in ({"task": "chain_sum"}, {"task_seed": 5}, {"options": {"min_digits": 4, "max_digits": 4}}):
+    for change in ({"task": "chain_sum"}, {"options": {"seed": 5}}, {"options": {"min_digits": 4, "max_digits": 4}}):
         assert questions(replace(GYM, **change)) != questions(GYM)

@@ -106,6 +106,13 @@ def shard_ranks(bench: Bench) -> None:
     # That weights are replicated and nothing else changes: test_ranks.py
 
 
+@entry("trainer.sequence_ranks")
+def sequence_ranks(bench: Bench) -> None:
+    with process_group(), pytest.raises(UserError, match="1 trainer ranks cannot be divided into groups of 2"):
+        engine(bench, replace(TRAINER, sequence_ranks=2))
+    # That rows are shared and nothing else changes: test_ulysses.py
+
+
 @entry("trainer.offload")
 def offload(bench: Bench) -> None:
     with process_group():

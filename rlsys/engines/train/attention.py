@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from rlsys.config.errors import UserError
+
+if TYPE_CHECKING:
+    from rlsys.engines.train.ulysses import SequenceRanks
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,13 +42,24 @@ class Packing:
     position_ids: [1, T].
     contexts: for each segment, which segment it sees as a whole in front of its own tokens, −1: none. A context has
         none itself. None: no segment has one.
+    ranks: those that hold the row together, each T / size of its tokens, which is what the model's layers see; None:
+        the whole row is here.
     """
 
     def __init__(
-        self, lengths: tuple[int, ...], position_ids: torch.Tensor, contexts: tuple[int, ...] | None = None
+        self,
+        lengths: tuple[int, ...],
+        position_ids: torch.Tensor,
+        contexts: tuple[int, ...] | None = None,
+        ranks: SequenceRanks | None = None,
     ) -> None:
-        self.lengths, self.position_ids, self.contexts = lengths, position_ids, contexts
+        self.lengths, self.position_ids, self.contexts, self.ranks = lengths, position_ids, contexts, ranks
         self._made: dict[Any, Any] = {}
+
+    @property
+    def own_position_ids(self) -> torch.Tensor:
+        """Of the tokens that are here."""
+        return self.position_ids if self.ranks is None else self.ranks.own(self.position_ids)
 
     @cached_property
     def runs(self) -> tuple[tuple[int, int], ...]:
@@ -270,7 +284,10 @@ def _attention(back: Back) -> Callable[..., tuple[torch.Tensor, None]]:
             output = back(query, key, value, packing, scaling, sliding_window)
             return output[0].unflatten(0, (rows, -1)), None
         packing.see()
-        return back(query, key, value, packing, scaling, sliding_window), None
+        if packing.ranks is None:
+            return back(query, key, value, packing, scaling, sliding_window), None
+        query, key, value = packing.ranks.heads(query, key, value)
+        return packing.ranks.tokens(back(query, key, value, packing, scaling, sliding_window)), None
 
     return attend
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from rlsys.algorithms.objective import ForwardOutput, Objective, Prepared, TeacherOutput
 from rlsys.algorithms.schedules import multiplier
 from rlsys.batch import DataProto, jagged
+from rlsys.batch.balance import packed_batches
 from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
 from rlsys.engines.train import state
 from rlsys.engines.train.attention import packs
@@ -21,9 +22,11 @@ from rlsys.engines.train.base import ShardedModel, TrainedModel
 from rlsys.engines.train.collectives import Meter, Ranks, Slots, reduce_floats, training_device
 from rlsys.engines.train.layers import prepare_layers
 from rlsys.engines.train.lora import Adapter, adapter_off, adapter_weights, add_adapter, merged_weights
-from rlsys.engines.train.model import PolicyModel, ValueModel, context_length, load_causal_lm
+from rlsys.engines.train.model import PolicyModel, ValueModel, context_length, load_causal_lm, load_config
+from rlsys.engines.train.resting import resting
 from rlsys.engines.train.rows import MicroBatch, RankRows
 from rlsys.engines.train.teacher import Teacher
+from rlsys.engines.train.ulysses import SequenceRanks, check_packs, check_sequence_ranks
 
 TEACHER = "teacher"  # name of a teacher's shards in a checkpoint
 
@@ -53,7 +56,9 @@ class ShardedEngine(ABC):
         self._device = training_device()
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self.parameter_count, self.trained_count = trained.parameter_count, trained.trained_count
+        self._sequence = SequenceRanks(trainer.sequence_ranks) if trainer.sequence_ranks > 1 else None
         self._progress, self._finite = state.Progress(), True
+        self._resting = resting(self._device)
         state.seed_generators(seed, self._rank, 0)
 
     @staticmethod
@@ -96,7 +101,9 @@ class ShardedEngine(ABC):
         """
         dtype = getattr(torch, model.dtype)
         held = torch.float32 if model.lora is None else dtype
+        check_sequence_ranks(load_config(model), trainer)
         lm = load_causal_lm(model, held, packing=trainer.rows != "padded")
+        check_packs(lm, trainer)
         max_length = context_length(lm)
         adapter = None if model.lora is None else add_adapter(lm, model.lora, seed=seed)
         prepare_layers(lm, trainer, training_device())
@@ -105,14 +112,13 @@ class ShardedEngine(ABC):
             return cls(values, trainer, max_length=max_length, total_steps=total_steps, seed=seed, adapter=adapter)
         policy = PolicyModel(lm, temperature=temperature)
         trained, teacher = cls.train(policy, trainer, dtype), None
+
+        def shard(other: PolicyModel, moves: bool) -> ShardedModel:
+            check_packs(other.lm, trainer)
+            return cls.freeze(other, trainer, dtype, moves=moves)
+
         if distillation is not None:
-            teacher = Teacher.load(
-                distillation,
-                model,
-                policy,
-                lambda other, moves: cls.freeze(other, trainer, dtype, moves=moves),
-                temperature=temperature,
-            )
+            teacher = Teacher.load(distillation, model, policy, shard, temperature=temperature)
         return cls(
             trained,
             trainer,
@@ -134,7 +140,7 @@ class ShardedEngine(ABC):
     def _forward(self, batch: DataProto) -> DataProto:
         rows = self._rows(batch)
         columns: dict[str, torch.Tensor] = {}
-        for micro in rows.cut(self._busiest(rows), self._device):
+        for micro in self._cut(rows, self._busiest(rows)):
             output = self._run(micro)
             found = {"logprobs": output.logprobs, "entropy": output.entropy}
             for name, values in (found if output.values is None else {"values": output.values}).items():
@@ -166,7 +172,7 @@ class ShardedEngine(ABC):
     ) -> dict[str, float]:
         """One pass over the rows; the gradient is added up in the parameters."""
         meter, slots = Meter(), Slots()
-        for micro in rows.cut(count, self._device):
+        for micro in self._cut(rows, count):
             output = self._run(micro, objective)
             result = objective.loss(micro.response, output, prepared, micro.token_index)
             # The sum over an empty micro-batch is 0 and ties the loss to the model whatever the channels read.
@@ -240,14 +246,24 @@ class ShardedEngine(ABC):
             state.load_weights(place, TEACHER, self._teacher.saved)
             self._teacher.restored()
 
-    def export_weights(self, dtype: torch.dtype, *, adapter: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    def offload(self, *, weights: bool = True) -> int:
+        """See TrainEngine."""
+        return self._resting.offload(self._trained, self._teacher and self._teacher.beside, weights=weights)
+
+    def onload(self, *, optimizer: bool = True) -> None:
+        """See TrainEngine."""
+        self._resting.onload(optimizer=optimizer)
+
+    def export_weights(
+        self, dtype: torch.dtype, *, adapter: bool = True, on_device: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """See TrainEngine."""
         names, whole = self._trained.names, self._trained.whole
         weights: Iterator[tuple[str, torch.Tensor]] = ((name, whole(name, dtype)) for name in names)
         if self._adapter is not None:
             weights = merged_weights(names, whole, self._adapter, dtype, on=adapter)
         for name, weight in weights:
-            yield name, weight.to("cpu" if self._rank == 0 else self._device)
+            yield name, weight.to("cpu" if self._rank == 0 and not on_device else self._device)
 
     def export_adapter(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """See TrainEngine."""
@@ -265,15 +281,17 @@ class ShardedEngine(ABC):
             batch,
             () if objective is None else objective.reads,
             max_length=self._max_length,
-            token_budget=self._trainer.micro_batch_tokens,
+            token_budget=self._trainer.micro_batch_tokens * self._trainer.sequence_ranks,
             packing=packs(self._model.lm),
+            divide=packed_batches if self._sequence is None else self._sequence.divide,
             share_prompts=self._trainer.rows == "shared",
             **wanted,  # type: ignore[arg-type]
         )
 
     def _run(self, micro: MicroBatch, objective: Objective | None = None) -> ForwardOutput:
         if isinstance(self._model, ValueModel):
-            values = micro.spread(self._trained.run(micro.input_ids, micro.positions, micro.packing))
+            values = self._trained.run(micro.input_ids, micro.positions, micro.packing)
+            values = micro.spread(values if micro.part is None else micro.part.values(values))
             return ForwardOutput(torch.zeros_like(values), torch.zeros_like(values), values=values)
         entropy_gradient = objective is not None and objective.entropy_gradient
         inputs = None
@@ -284,12 +302,18 @@ class ShardedEngine(ABC):
         output = self._trained.run(
             micro.input_ids, micro.positions, micro.targets, entropy_gradient, inputs, packing=micro.packing
         )
+        if micro.part is not None:
+            output = micro.part.output(output)
         pairs = {side: micro.spread(output.logprobs, side) for side in micro.scored if side != "response"}
         teacher = None
         if inputs is not None:
             assert micro.teacher is not None
             teacher = TeacherOutput(*(_place(values, micro) for values in output[2:]))
         return ForwardOutput(micro.spread(output.logprobs), micro.spread(output.entropy), pairs, teacher)
+
+    def _cut(self, rows: RankRows, count: int) -> Iterator[MicroBatch]:
+        batches = rows.cut(count, self._device)
+        return batches if self._sequence is None else map(self._sequence.share, batches)
 
     def _busiest(self, rows: RankRows) -> int:
         """Micro-batches that every rank runs: gathering weights and reducing gradients are collectives."""

@@ -73,7 +73,7 @@ class PolicyModel(nn.Module):
         or they are packed into one, and the attention function keeps them apart.
 
         Args:
-            input_ids: [b, T] int64, right-padded with any valid id; with ``packing`` [1, T].
+            input_ids: [b, T] int64, right-padded with any valid id; with ``packing`` [1, T] or this rank's slice.
             positions: [K] int64 into the b·T inputs: the one after which each target comes.
             targets: [K] int64; None: the hidden states at ``positions`` [K, H] and the head come back, whose weight is
                 whole until the next reshard.
@@ -134,7 +134,7 @@ def _hidden(body: nn.Module, input_ids: torch.Tensor, packing: Packing | None) -
     if packing is None:
         output = body(input_ids=input_ids, use_cache=False)
     else:
-        output = body(input_ids=input_ids, position_ids=packing.position_ids, use_cache=False, packing=packing)
+        output = body(input_ids=input_ids, position_ids=packing.own_position_ids, use_cache=False, packing=packing)
         if not packing.seen:
             raise RuntimeError(f"{type(body).__name__} does not tell its attention where sequences end")
     return output.last_hidden_state.flatten(0, 1)
@@ -151,7 +151,7 @@ def load_causal_lm(model: ModelConfig, dtype: torch.dtype, *, packing: bool = Fa
             attention that is not to be had here.
     """
     transformers.utils.logging.disable_progress_bar()
-    config = _load_config(model)
+    config = load_config(model)
     try:
         lm, report = AutoModelForCausalLM.from_pretrained(
             model.path,
@@ -186,7 +186,12 @@ def context_length(lm: PreTrainedModel) -> int:
     return getattr(lm.config, "max_position_embeddings", None) or 1 << 30
 
 
-def _load_config(model: ModelConfig) -> PretrainedConfig:
+def load_config(model: ModelConfig) -> PretrainedConfig:
+    """What ``model.path`` says of the model, without dropout.
+
+    Raises:
+        UserError: no such folder, no config, no weights.
+    """
     folder = Path(model.path).expanduser()
     looks_like_path = folder.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") > 1
     if looks_like_path and not folder.is_dir():

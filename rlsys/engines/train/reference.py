@@ -52,7 +52,7 @@ class ReferenceEngine:
             batch,
             (),
             max_length=self._max_length,
-            token_budget=self._trainer.micro_batch_tokens,
+            token_budget=self._trainer.micro_batch_tokens * self._trainer.sequence_ranks,
             packing=packs(self._policy.lm),
             share_prompts=self._trainer.rows == "shared",
         )

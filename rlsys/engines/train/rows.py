@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from rlsys.config.errors import UserError
 from rlsys.engines.train import layout
 from rlsys.engines.train.attention import Packing
 from rlsys.engines.train.layout import Laid, Sequences, ranges
+
+if TYPE_CHECKING:
+    from rlsys.engines.train.ulysses import Part
 
 _PAIR_SIDES = ("chosen", "rejected")
 
@@ -44,6 +48,8 @@ class TeacherRows:
     input_ids: [s, T'], right-padded, or with ``packing`` [1, T'].
     positions: [n] of the tokens that the divergence is about. targets: [n] the tokens.
     student: [n] which of the K scored tokens those are; place: [n] which response tokens.
+    exchange: [n, H] hidden states at ``positions`` → those that ``student`` is about, which ranks that share a row
+        have from each other; None: they are the same.
     """
 
     input_ids: torch.Tensor
@@ -52,6 +58,7 @@ class TeacherRows:
     targets: torch.Tensor
     place: torch.Tensor
     packing: Packing | None
+    exchange: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class MicroBatch:
     scored: by kind of sequence, which of them are its.
     response: the rows' tokens and columns; token_index: [N] where the response tokens lie in the rank's columns.
     tokens: inputs that are not padding, the teacher's too.
+    part: the micro-batch is a slice of what several ranks hold together; None: they hold none together.
     """
 
     input_ids: torch.Tensor
@@ -74,6 +82,7 @@ class MicroBatch:
     teacher: TeacherRows | None
     packing: Packing | None
     tokens: int
+    part: Part | None = None
 
     @property
     def area(self) -> int:
@@ -98,6 +107,7 @@ class RankRows:
         share_prompts: rows with the same prompt that are in one micro-batch have it as an input once (packed only).
         sequences: which of ``response`` (prompt_ids, response_ids, response_mask), ``chosen`` and ``rejected``
             (``…_ids``, ``…_mask``) are scored.
+        divide: cuts packed rows by their tokens, as ``packed_batches`` does; of ranks that share a row, all their rows.
         teacher: whether the responses are scored behind ``teacher_prompt_ids`` too, where ``teacher_mask`` says so.
 
     Raises:
@@ -116,8 +126,9 @@ class RankRows:
         packing: bool = False,
         share_prompts: bool = False,
         pack_teacher: bool | None = None,
+        divide: Callable[[Sequence[int], int, int | None], list[list[int]]] = packed_batches,
     ):
-        self._packing, self._budget = packing, token_budget
+        self._packing, self._budget, self._divide = packing, token_budget, divide
         self._pack_teacher = packing if pack_teacher is None else pack_teacher
         self.num_rows = len(batch)
         self._kinds, self._teacher = tuple(sequences), teacher
@@ -143,7 +154,7 @@ class RankRows:
         self._check_lengths(longest, max_length)
         self._same = self._same_prompts() if share_prompts and "response" in sequences else None
         self._lengths_of_all = torch.stack(every) if self.num_rows else none[None]
-        self.plan = self._plan() if self.num_rows else []
+        self.plan = self._plan()
 
     @property
     def num_tokens(self) -> int:
@@ -175,7 +186,7 @@ class RankRows:
         """The micro-batches. Every rank runs as many as the busiest: packed rows are divided anew over ``count``; where
         there are too few, empty micro-batches follow."""
         plan = self.plan
-        if self._packing and self.num_rows and count > len(plan):
+        if self._packing and count > len(plan):
             divided = self._plan(count)
             plan = divided if len(divided) <= count else plan
         for rows in [*plan, *[[]] * (count - len(plan))]:
@@ -188,11 +199,11 @@ class RankRows:
             return micro_batches(longest.tolist(), self._budget, counts.tolist())
         costs = self._lengths_of_all.sum(0)
         if self._same is None:
-            return packed_batches(costs.tolist(), self._budget, parts)
+            return self._divide(costs.tolist(), self._budget, parts)
         prompts = self._lengths["prompt_ids"]
         items = _bundles(self._same.tolist(), prompts.tolist(), costs.tolist(), self._budget)
         bundled = [int(costs[rows].sum() - (len(rows) - 1) * prompts[rows[0]]) for rows in items]
-        batches = packed_batches(bundled, self._budget, parts)
+        batches = self._divide(bundled, self._budget, parts)
         return [sorted(row for item in batch for row in items[item]) for batch in batches]
 
     def _same_prompts(self) -> torch.Tensor:
@@ -353,7 +364,7 @@ def _bundles(same: list[int], prompts: list[int], costs: list[int], budget: int)
     for row, number in enumerate(same):
         item, size = open_item.get(number, (-1, budget))
         more = costs[row] - prompts[row]
-        if size + more > budget:
+        if item < 0 or size + more > budget:
             open_item[number] = (len(items), costs[row])
             items.append([row])
         else:

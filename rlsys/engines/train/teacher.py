@@ -14,7 +14,7 @@ from rlsys.config.schema import DistillationConfig, ModelConfig
 from rlsys.engines.train.attention import packs
 from rlsys.engines.train.base import ShardedModel
 from rlsys.engines.train.lora import adapter_off
-from rlsys.engines.train.model import PolicyModel, TeacherInputs, load_causal_lm
+from rlsys.engines.train.model import PolicyModel, TeacherInputs, ValueModel, load_causal_lm
 from rlsys.engines.train.rows import TeacherRows
 
 
@@ -76,6 +76,11 @@ class Teacher:
         return all(packs(model.lm) for model in models)
 
     @property
+    def beside(self) -> ShardedModel | None:
+        """The second model; None: there is none."""
+        return self._other
+
+    @property
     def saved(self) -> dict[str, Shard]:
         """Weights that a checkpoint must hold: those that moved since the start."""
         return self._other.weights() if self._other is not None and self._rate else {}
@@ -90,14 +95,14 @@ class Teacher:
         """What the student's pass needs. A collective: every rank looks, also at nothing."""
         parts: list[tuple[float, torch.Tensor, Head | None]] = []
         if self._mix:
-            hidden, _ = self._policy(rows.input_ids, rows.positions, None, packing=rows.packing)
+            hidden, _ = _states(self._policy, rows)
             parts.append((self._mix, hidden, None))
         if self._base:
             with adapter_off(self._policy):
-                hidden, _ = self._policy(rows.input_ids, rows.positions, None, packing=rows.packing)
+                hidden, _ = _states(self._policy, rows)
             parts.append((1.0 - self._mix, hidden, None))
         if self._other is not None:
-            hidden, head = self._other.model(rows.input_ids, rows.positions, None, packing=rows.packing)
+            hidden, head = _states(self._other.model, rows)
             parts.append((1.0 - self._mix, hidden, head))
         return TeacherInputs(rows.student, tuple(parts), spec)
 
@@ -114,3 +119,9 @@ class Teacher:
         """Lets go of gathered weights, which would go stale with the next step."""
         if self._other is not None:
             self._other.release()
+
+
+def _states(model: PolicyModel | ValueModel, rows: TeacherRows) -> tuple[torch.Tensor, Head]:
+    """[n, H] hidden states of the tokens that the divergence is about here, and the head."""
+    hidden, head = model(rows.input_ids, rows.positions, None, packing=rows.packing)
+    return hidden if rows.exchange is None else rows.exchange(hidden), head
