@@ -1,7 +1,7 @@
 """GRPO steps per second: a whole rlsys run (Ray, actors, controller) against TRL's GRPOTrainer.
 
     python -m benchmarks.grpo_step [--model 3M 26M] [--workload …] [--windows 5] [--steps 3] [--sampler torch]
-                                   [--trl-sampler generate] [--threads N] [--quick] [--json PATH] [--out docs/results]
+                                   [--threads N] [--quick] [--json PATH] [--out docs/results]
 
 Same model (Qwen3 shape, random weights, 512 words about equally likely), prompts, temperature 1, AdamW, loss (token
 mean of the clipped surrogate, advantages over the group's standard deviation, one update a step, no KL). Lengths with
@@ -9,6 +9,9 @@ a long tail: 16 of the 512 words end a response, so lengths are geometric with m
 
 Each side is a process that trains a window of steps, waits while the other trains its own, and so on: start-up and
 the first window do not count, and whatever else the machine does meets both. A ratio is the median over windows.
+
+TRL first tries its samplers (``generate`` and continuous batching of transformers) and sizes of the micro-batch, two
+steps each, and goes on with the fastest.
 """
 
 from __future__ import annotations
@@ -84,20 +87,49 @@ class Side:
 @dataclass(frozen=True)
 class Result:
     """timings, cpu: seconds a step by side and window, by the clock and of CPU time; found: what each side measured
-    itself."""
+    itself; tried: seconds a step of TRL by sampler and rows of a micro-batch, the one that was taken first."""
 
     timings: report.Timings
     cpu: report.Timings
     found: dict[str, dict[str, float]]
+    tried: dict[tuple[str, int], float]
 
     @property
     def ratio(self) -> float:
         return self.timings.ratio("TRL", "rlsys")
 
 
+MICRO_BATCHES = (16, 64, 256)  # rows that TRL trains on at once
+
+
+def settings_of_trl(model: Path, load: Workload, arguments: Any, work: Path) -> dict[tuple[str, int], float]:
+    """Seconds of TRL's second step by its sampler and rows of a micro-batch, the fastest first."""
+    found: dict[tuple[str, int], float] = {}
+
+    def attempt(sampler: str, rows: int) -> None:
+        task = Task(load, model, work / f"try-{sampler}-{rows}", arguments.threads, sampler, rows)
+        side = Side(run_trl, task)
+        try:
+            side.steps(1)
+            found[sampler, rows] = side.steps(1)[0]
+        except (EOFError, TimeoutError):
+            print(f"TRL does not run with {sampler} here")
+        finally:
+            side.kill()
+
+    sizes = [rows for rows in MICRO_BATCHES if rows <= load.prompts * load.samples]
+    for rows in sizes[:1] if arguments.quick else sizes:
+        attempt("generate", rows)
+    if not arguments.quick:
+        attempt("continuous", min(found, key=lambda key: found[key])[1])
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
 def compare(model: Path, load: Workload, arguments: Any, work: Path) -> Result:
+    tried = settings_of_trl(model, load, arguments, work)
+    sampler, rows = next(iter(tried))
     tasks = {
-        "TRL": (run_trl, Task(load, model, work / "trl", arguments.threads, arguments.trl_sampler)),
+        "TRL": (run_trl, Task(load, model, work / "trl", arguments.threads, sampler, rows)),
         "rlsys": (run_rlsys, Task(load, model, work / "rlsys", arguments.threads, arguments.sampler)),
     }
     sides: dict[str, Side] = {}
@@ -116,7 +148,7 @@ def compare(model: Path, load: Workload, arguments: Any, work: Path) -> Result:
     finally:
         for side in sides.values():
             side.kill()
-    return Result(report.Timings(seconds), report.Timings(cpu), found)
+    return Result(report.Timings(seconds), report.Timings(cpu), found, tried)
 
 
 PHASES = ("prompts", "rollout", "reward", "load", "old_logprobs", "update", "sync")
@@ -148,6 +180,13 @@ def page(results: dict[tuple[str, str], Result], arguments: Any) -> str:
         ["model", "prompts × samples", *PHASES, "controller", "TRL: rollout + reward", "TRL: update"],
         [(model, load, *phases(r)) for (model, load), r in results.items()],
     )
+    tries = report.table(
+        ["model", "prompts × samples", "sampler, rows of a micro-batch: seconds a step"],
+        [
+            (model, load, "; ".join(f"{name}, {rows}: {seconds:.2f}" for (name, rows), seconds in r.tried.items()))
+            for (model, load), r in results.items()
+        ],
+    )
     command = f"benchmarks.grpo_step --windows {arguments.windows} --steps {arguments.steps}"
     where = report.measured(command, "trl", "transformers", "vllm", "ray")
     return f"""# grpo_step: a training step against TRL's GRPOTrainer
@@ -158,8 +197,11 @@ def page(results: dict[tuple[str, str], Result], arguments: Any) -> str:
 
 Windows: lowest and highest ratio of {arguments.windows} windows of {arguments.steps} steps a side. CPU time: over all
 processes of a side, Ray's own too; on a machine with other work it is steadier than the clock. Both sides have
-{arguments.threads} threads. Sampler of rlsys: `rollout={arguments.sampler}`. TRL: `{arguments.trl_sampler}`, the whole
-batch in one micro-batch, no gradient checkpointing, float32, fused AdamW; its trainer is not distributed.
+{arguments.threads} threads. Sampler of rlsys: `rollout={arguments.sampler}`. TRL: no gradient checkpointing, float32,
+fused AdamW; its trainer is not distributed. Its sampler and micro-batch are the fastest of these (`generate`, and
+transformers' continuous batching):
+
+{tries}
 
 ## Where the time goes
 
@@ -184,7 +226,6 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="a window")
     parser.add_argument("--sampler", choices=["torch", "vllm"], default="torch")
-    parser.add_argument("--trl-sampler", choices=["generate", "continuous"], default="generate")
     parser.add_argument("--threads", type=int, default=report.cores(), help="of each side")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -204,6 +245,10 @@ def main() -> None:
         "limits": {f"{model}, {load}": LIMITS[load] for model, load in results},
         "seconds": {f"{model}, {load}": r.timings.seconds for (model, load), r in results.items()},
         "cpu_ratios": {f"{model}, {load}": r.cpu.ratio("TRL", "rlsys") for (model, load), r in results.items()},
+        "TRL": {
+            f"{model}, {load}": {f"{n}, {rows}": s for (n, rows), s in r.tried.items()}
+            for (model, load), r in results.items()
+        },
         "found": {f"{model}, {load}": r.found for (model, load), r in results.items()},
     }
     report.finish(

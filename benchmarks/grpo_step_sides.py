@@ -31,13 +31,15 @@ class Workload:
 
 @dataclass(frozen=True)
 class Task:
-    """What a side is to do. folder: holds the model and ``prompts.jsonl``; work: for files of its own."""
+    """What a side is to do. folder: holds the model and ``prompts.jsonl``; work: for files of its own; rows: of a
+    micro-batch of TRL's."""
 
     workload: Workload
     folder: Path
     work: Path
     threads: int
     sampler: str
+    rows: int = 0
 
 
 def digits(response: str, task: dict[str, Any] | None = None) -> float:
@@ -136,7 +138,7 @@ def run_rlsys(task: Task, connection: Connection) -> None:
 
 
 def run_trl(task: Task, connection: Connection) -> None:
-    """TRL's trainer with its best settings here. Last it sends its phases and lengths."""
+    """TRL's trainer. Last it sends its phases and lengths."""
     os.environ["OMP_NUM_THREADS"] = str(task.threads)
     import torch
 
@@ -152,7 +154,8 @@ def run_trl(task: Task, connection: Connection) -> None:
     config = GRPOConfig(
         output_dir=str(task.work), use_cpu=not torch.cuda.is_available(), bf16=False, report_to=[], save_strategy="no",
         logging_steps=1_000_000, disable_tqdm=True, gradient_checkpointing=False, max_steps=1_000_000,
-        per_device_train_batch_size=rows, gradient_accumulation_steps=1, num_generations=load.samples,
+        per_device_train_batch_size=task.rows, gradient_accumulation_steps=rows // task.rows,
+        num_generations=load.samples,
         max_completion_length=load.limit, temperature=1.0, beta=0.0, num_iterations=1,
         learning_rate=1e-8, lr_scheduler_type="constant", weight_decay=0.0, optim="adamw_torch_fused",
         dataloader_pin_memory=False, seed=0,
