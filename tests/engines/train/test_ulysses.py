@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from composing import composed, run_config
 from model_folders import make_model_folder
 from safetensors.torch import load_file
 from training_batches import process_group
 from transformers import PretrainedConfig, Qwen3Config
 
+from rlsys.cluster.placement import plan
+from rlsys.config.build import build
 from rlsys.config.errors import UserError
 from rlsys.config.schema import ModelConfig, TrainerConfig
 from rlsys.engines.train import load_engine
@@ -145,3 +148,18 @@ def test_positions_that_depend_on_the_longest_row_are_refused(rope: str) -> None
     with pytest.raises(UserError, match=rope):
         check_sequence_ranks(config, trainer)
     check_sequence_ranks(config, replace(trainer, sequence_ranks=1))
+
+
+def test_a_configuration_that_does_not_divide_is_refused_before_anything_starts() -> None:
+    with pytest.raises(UserError, match="3 trainer ranks cannot be divided into groups of 2"):
+        plan(run_config("trainer.ranks=3", "trainer.sequence_ranks=2"), gpus=0, cores=3)
+    with pytest.raises(UserError, match="rows are padded"):
+        build(composed("trainer.sequence_ranks=2", "trainer.rows=padded"))
+
+
+def test_a_sample_may_be_longer_than_what_one_rank_may_have() -> None:
+    sample = ("data.max_prompt_tokens=100", "data.max_response_tokens=101", "trainer.micro_batch_tokens=101")
+    build(composed("trainer.sequence_ranks=2", *sample))
+    with pytest.raises(UserError) as error:
+        build(composed(*sample))
+    assert error.value.where == "trainer.micro_batch_tokens"
