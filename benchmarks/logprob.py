@@ -72,7 +72,7 @@ def dense(inputs: Inputs, entropy_gradient: bool) -> Both:
         return logprobs, -log_p.exp().mul_(log_p).sum(-1)
 
 
-def rlsys(inputs: Inputs, entropy_gradient: bool) -> Both:
+def rlsys(inputs: Inputs, entropy_gradient: bool, kernels: bool | None = None) -> Both:
     return token_logprobs(
         inputs.hidden,
         inputs.weight,
@@ -80,7 +80,13 @@ def rlsys(inputs: Inputs, entropy_gradient: bool) -> Both:
         inputs.targets,
         temperature=TEMPERATURE,
         entropy_gradient=entropy_gradient,
+        kernels=kernels,
     )
+
+
+def rlsys_torch(inputs: Inputs, entropy_gradient: bool) -> Both:
+    """On a GPU: without the Triton kernels."""
+    return rlsys(inputs, entropy_gradient, kernels=False)
 
 
 def trl(inputs: Inputs, entropy_gradient: bool) -> Both:
@@ -121,7 +127,8 @@ def products(inputs: Inputs, entropy_gradient: bool) -> Both:
     return inputs.grad, inputs.grad
 
 
-SIDES: dict[str, Side] = {"dense": dense, "rlsys": rlsys, "TRL": trl, "Liger": liger}
+TORCH = "rlsys, torch operations"
+SIDES: dict[str, Side] = {"dense": dense, "rlsys": rlsys, TORCH: rlsys_torch, "TRL": trl, "Liger": liger}
 
 
 def once(side: Side, inputs: Inputs, which: str) -> None:
@@ -196,6 +203,8 @@ def memory(name: str, which: str, tokens: int, words: int, device: str) -> dict[
 
 def why_not(name: str, device: str) -> str | None:
     """Why a side cannot run here."""
+    if name == TORCH and device != "cuda":
+        return "without a GPU it is what rlsys does"
     if name == "Liger" and device != "cuda":
         return "its kernels need a GPU, and there is none here"
     package = {"TRL": "trl", "Liger": "liger_kernel"}.get(name)
