@@ -51,7 +51,7 @@ def repeated_prompts(batch: DataProto, prompts: int) -> DataProto:
 
 
 @given(
-    st.integers(0, 10_000), st.integers(3, 12), st.integers(1, 3), st.integers(150, 600), st.booleans(),
+    st.integers(0, 10_000), st.integers(3, 12), st.integers(1, 3), st.integers(152, 600), st.booleans(),
     st.integers(1, 5),
 )  # fmt: skip
 def test_targets_are_predicted_from_their_own_sequence(
