@@ -42,14 +42,17 @@ class Plan:
 
 
 def plan(config: RunConfig, *, gpus: int, cores: int) -> Plan:
-    """Assigns actors to GPUs, trainer rank i and rollout worker i on GPU i; without GPUs to CPU threads. A sampler of
-    several GPUs has them to itself, beside the trainer's: Ray can share one GPU, not several at once.
+    """Assigns actors to GPUs, trainer rank i and rollout worker i on GPU i, so that as many are needed as the more
+    numerous of the two; ``disaggregated``, samplers have GPUs of their own. Without GPUs the same with cores. A sampler
+    of several GPUs has them to itself in any case: Ray can share one GPU, not several at once.
 
     Raises:
-        UserError: more trainer ranks or rollout workers than GPUs, or ranks that do not divide.
+        UserError: more trainer ranks or rollout workers than GPUs, samplers of several GPUs that should take turns, or
+            ranks that do not divide.
     """
     each = sampler_ranks(config.rollout)
-    own = each * config.rollout.workers if gpus and each > 1 else 0  # GPUs that only samplers use
+    apart = config.cluster.placement == "disaggregated"
+    own = each * config.rollout.workers if gpus and (each > 1 or apart) else 0  # GPUs that only samplers use
     ranks = config.trainer.ranks or max(gpus - own, 1)
     _check_room(config, gpus, ranks, own, each)
     if ranks % config.trainer.sequence_ranks:
@@ -58,7 +61,8 @@ def plan(config: RunConfig, *, gpus: int, cores: int) -> Plan:
             where="trainer.sequence_ranks",
             fix=f"choose a divisor of {ranks}, or set trainer.ranks",
         )
-    threads = config.cluster.threads or max(1, cores // ranks)
+    split = apart and not gpus
+    threads = config.cluster.threads or max(1, cores // (ranks + split * config.rollout.workers))
     actors: list[ActorSpec] = []
     for role, count in (
         ("trainer", ranks),
@@ -67,7 +71,7 @@ def plan(config: RunConfig, *, gpus: int, cores: int) -> Plan:
         ("reference", int(needs_reference_worker(config))),
     ):
         for index in range(count):
-            per_actor = threads if role != "rollout" else config.cluster.threads or max(1, cores // count)
+            per_actor = threads if role != "rollout" or split else config.cluster.threads or max(1, cores // count)
             env = {"OMP_NUM_THREADS": str(per_actor)}
             if gpus and role == "rollout" and own:
                 actors.append(ActorSpec(role, index, each, ranks + index, per_actor, env))
@@ -84,12 +88,20 @@ def plan(config: RunConfig, *, gpus: int, cores: int) -> Plan:
 
 
 def _check_room(config: RunConfig, gpus: int, ranks: int, own: int, each: int) -> None:
+    if own and each > 1 and config.cluster.placement == "colocated":
+        raise UserError(
+            f"a sampler of {each} GPUs has them to itself, and takes no turns with a trainer",
+            where="cluster.placement",
+            fix="set cluster.placement=disaggregated, or more rollout.workers of one GPU each",
+        )
     if own and ranks + own > gpus:
         raise UserError(
             f"{config.rollout.workers} samplers of {each} GPUs and {ranks} trainer ranks need {ranks + own} GPUs, and "
             f"there are {gpus}",
-            where="rollout.tensor_parallel",
-            fix="lower rollout.tensor_parallel, rollout.pipeline_parallel, rollout.workers or trainer.ranks",
+            where="rollout.tensor_parallel" if each > 1 else "cluster.placement",
+            fix="lower rollout.tensor_parallel, rollout.pipeline_parallel, rollout.workers or trainer.ranks"
+            if each > 1
+            else "set cluster.placement=colocated, or lower rollout.workers or trainer.ranks",
         )
     for key, wanted in (("trainer.ranks", ranks), ("rollout.workers", config.rollout.workers)):
         if gpus and wanted > gpus:

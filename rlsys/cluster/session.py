@@ -60,7 +60,7 @@ def connect(config: ClusterConfig, *, weights_bytes: int = 0) -> Iterator[Sessio
             address="local" if local else config.address,
             include_dashboard=False if local else None,
             num_cpus=os.cpu_count() if local else None,
-            object_store_memory=object_store_bytes(config, weights_bytes) if local else None,
+            object_store_memory=object_store_bytes(weights_bytes) if local else None,
             logging_level=logging.ERROR,
             log_to_driver=False,
             configure_logging=False,
@@ -86,11 +86,9 @@ def connect(config: ClusterConfig, *, weights_bytes: int = 0) -> Iterator[Sessio
         ray.shutdown()
 
 
-def object_store_bytes(config: ClusterConfig, weights_bytes: int) -> int:
-    """Shared memory of a local cluster's object store: as configured, or room for the weights on their way (one copy,
-    and half of the next) and half a GiB for batches."""
-    if config.object_store_gib is not None:
-        return int(config.object_store_gib * 2**30)
+def object_store_bytes(weights_bytes: int) -> int:
+    """Shared memory of a local cluster's object store: room for the weights on their way (one copy, and half of the
+    next) and half a GiB for batches."""
     return int(1.5 * weights_bytes) + 2**29
 
 

@@ -314,11 +314,6 @@ _IGNORED: list[tuple[str, Callable[[RunConfig], bool], str]] = [
     ),
     ("data.eval_path", _no_eval, "set eval.every to more than 0"),
     ("data.eval_size", _no_eval, "set eval.every to more than 0"),
-    (
-        "cluster.object_store_gib",
-        lambda c: c.cluster.address is not None,
-        "a cluster that runs already has its object store: leave it out",
-    ),
 ]
 
 

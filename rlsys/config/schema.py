@@ -543,12 +543,14 @@ class ClusterConfig:
 
     address: of a running Ray cluster (``auto``: the one on this machine); null: a local one for this run.
     threads: CPU threads of a trainer rank, a sampler or the reference; null: the machine's cores divided by the ranks.
-    object_store_gib: shared memory of a local cluster's object store; null: sized for the model's weights.
+    placement: of trainer and samplers. ``shared``: on the same GPUs, both loaded all the time; ``colocated``: there
+        they take turns: samplers sleep while the trainer works, and it waits in main memory while they sample;
+        ``disaggregated``: on GPUs (without any: cores) of their own.
     """
 
     address: str | None = None
     threads: Positive | None = None
-    object_store_gib: PositiveFloat | None = None
+    placement: Literal["shared", "colocated", "disaggregated"] = "shared"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from rlsys.controller import step_state
 from rlsys.controller.collecting import Collector
 from rlsys.controller.metrics import combine_updates, experience_metrics, hint_metrics, mismatch_metrics
 from rlsys.controller.profile import Profile
+from rlsys.controller.turns import Turns, turns_of
 from rlsys.data.sampler import PromptStream
 from rlsys.engines.sync.verify import SyncError
 from rlsys.evals.heldout import evaluate
@@ -150,6 +152,7 @@ class Job:
             RewardBudgetExceeded: too many rewards failed.
         """
         self.observers.display.phase("rollout")
+        self.turns.sampling()
         groups = self.groups
         collector = Collector(
             self.config,
@@ -171,6 +174,7 @@ class Job:
     def load(self, experience: Experience) -> None:
         """Each trainer rank fetches its rows from the workers that made them; whole groups, balanced by tokens."""
         with self._phase("load"):
+            self.turns.training()
             trainer, ranks = self.config.trainer, len(self.groups.trainer)
             self._rows = assign(experience, ranks=ranks, updates=trainer.updates_per_step)
             columns = range(3 if self.groups.reference is not None else 2)
@@ -291,7 +295,12 @@ class Job:
         with self._phase("sync"):
             if self._weights is None:
                 self._weights = WeightSync(self.groups.trainer, self.groups.rollout, self.config)
-            self._metrics |= self._weights(self.version)
+            with self.turns.syncing():
+                self._metrics |= self._weights(self.version)
+
+    @functools.cached_property
+    def turns(self) -> Turns:
+        return turns_of(self.config, self.groups, self.observers)
 
     @property
     def version(self) -> WeightVersion:
@@ -307,6 +316,7 @@ class Job:
         if not due or self.held_out is None or self.state.extra.get("evaluated") == step:
             return
         with self._phase("eval"):
+            self.turns.sampling()
             metrics, failures, rows = evaluate(
                 self.config, self.held_out, self.groups.rollout, self.groups.reward, self.stop
             )
@@ -329,7 +339,7 @@ class Job:
         metrics = experience_metrics(experience, self.config, step=self.state.step - 1) | self._metrics
         metrics |= {f"time/{name}_s": seconds for name, seconds in self._seconds.items()} | {"time/step_s": step_s}
         metrics["throughput/tokens_per_s"] = metrics["rollout/tokens"] / step_s
-        metrics |= self._read_meters(metrics)
+        metrics |= self._read_meters(metrics) | self.turns.metrics()
         metrics |= {"version/lineage": self.state.lineage, "version/step": self.state.step}
         metrics["memory/pss_bytes"] = float(self.observers.memory.peak_bytes)
         raised = alerts.check(metrics, mismatch_alarm=self.config.rollout.mismatch_alarm)
@@ -357,10 +367,11 @@ class Job:
         with self._phase("checkpoint"):
             partial = self.store.begin(self.state.step)
             try:
-                self.groups.trainer.save_state(str(partial))
-                if self.groups.critic is not None:
-                    (partial / _CRITIC).mkdir()
-                    self.groups.critic.save_state(str(partial / _CRITIC))
+                with self.turns.visiting(optimizer=True):
+                    self.groups.trainer.save_state(str(partial))
+                    if self.groups.critic is not None:
+                        (partial / _CRITIC).mkdir()
+                        self.groups.critic.save_state(str(partial / _CRITIC))
                 watched = {"collapse": self.collapse.state_dict(), "dead_steps": dict(self._dead_steps)}
                 self.state = replace(self.state, extra=self.state.extra | watched)
                 self.state.write(partial)
@@ -507,9 +518,10 @@ class Job:
         if self.held_out_pairs is None:
             return {}
         preference = self.config.algorithm.preference
-        if preference_reads_reference(preference.loss) and "chosen_ref_logprobs" not in self.held_out_pairs.batch:
-            self.held_out_pairs = self._with_reference(self.held_out_pairs)
-        margins = self.groups.trainer.pair_margins(self.held_out_pairs, preference.loss, preference.loss_options)
+        with self.turns.visiting(optimizer=False):
+            if preference_reads_reference(preference.loss) and "chosen_ref_logprobs" not in self.held_out_pairs.batch:
+                self.held_out_pairs = self._with_reference(self.held_out_pairs)
+            margins = self.groups.trainer.pair_margins(self.held_out_pairs, preference.loss, preference.loss_options)
         return {"eval/pair_margin": float(np.mean(margins)), "eval/pair_accuracy": float(np.mean(margins > 0))}
 
     def _guard_skipped(self, skipped: float, update: int, group: TrainerGroup) -> None:

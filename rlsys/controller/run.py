@@ -150,7 +150,8 @@ def _supervise(
                 with settled_heap():
                     train(job)
                 if config.checkpoint.export:
-                    _export(config, groups.trainer, observers.folder, inputs.model_folder)
+                    with job.turns.visiting(optimizer=False):
+                        _export(config, groups.trainer, observers.folder, inputs.model_folder)
             except StopRequested:
                 status, reason = INTERRUPTED, "stopped on request"
                 _last_checkpoint(job)

@@ -52,7 +52,7 @@ class Emptied:
 
 
 class HostMemory:
-    """Main memory for what leaves a GPU, kept from one time to the next: pinning pages takes longer than filling them."""
+    """Main memory for what leaves a GPU, kept from one time to the next: pinning takes longer than filling it."""
 
     def __init__(self, *, pinned: bool):
         self._pinned = pinned

@@ -20,6 +20,7 @@ from rlsys.cluster.session import Placement
 from rlsys.config.errors import UserError
 from rlsys.config.sampler import sampled_adapter, sampler_ranks
 from rlsys.config.schema import DeadlineConfig, DistillationConfig, ModelConfig, RunConfig, TrainerConfig
+from rlsys.engines.rollout.base import Rest
 from rlsys.engines.sync.broadcast import Meeting
 from rlsys.engines.sync.buckets import Entry
 from rlsys.engines.sync.verify import check_sync
@@ -111,6 +112,7 @@ class RolloutGroup(_Group):
                 seed=config.seed,
                 threads=a.spec.threads,
                 adapter=sampled_adapter(config),
+                sleeps=config.cluster.placement == "colocated",
                 what="loading the sampler",
             )
             for a in self._actors
@@ -125,6 +127,14 @@ class RolloutGroup(_Group):
             batch, summary = actor.handle.generate.options(num_returns=2).remote(shared, rows.start, rows.stop, request)
             calls.append(Call(summary, actor.spec.name, f"{len(rows) * request.samples} responses", batch))
         return calls
+
+    def sleep(self, *, weights: bool) -> list[Rest]:
+        """Every sampler gives memory back (``RolloutEngine.sleep``)."""
+        calls = [a.call("sleep", weights=weights, what="its memory") for a in self._actors]
+        return self._gather(calls, "sync", stop=False)
+
+    def wake(self) -> list[Rest]:
+        return self._gather([a.call("wake", what="its waking") for a in self._actors], "sync", stop=False)
 
     def hosts(self) -> list[Host]:
         return self._gather([a.call("host", what="its host") for a in self._actors], "sync")
@@ -410,6 +420,12 @@ class TrainerGroup(_Group):
 
     def release_weights(self) -> None:
         self._first("release_weights", "freeing memory of the last update")
+
+    def offload(self, *, weights: bool) -> list[Rest]:
+        return self._all("offload", weights=weights, phase="sync", what="its way to main memory", stop=False)
+
+    def onload(self, *, optimizer: bool) -> list[Rest]:
+        return self._all("onload", optimizer=optimizer, phase="sync", what="its way back to the GPU", stop=False)
 
     def host(self) -> Host:
         return self._first("host", "its host")

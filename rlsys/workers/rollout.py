@@ -14,6 +14,7 @@ from rlsys.batch.columns import check_columns
 from rlsys.batch.versions import WeightVersion
 from rlsys.config.schema import LoraConfig, RolloutConfig
 from rlsys.engines.rollout import RolloutEngine, start_engine
+from rlsys.engines.rollout.base import Rest
 from rlsys.engines.sync.broadcast import Meeting
 from rlsys.environments.base import ENVIRONMENTS, Environment
 from rlsys.environments.play import SamplingSettings, play_group, trajectories_to_batch
@@ -57,7 +58,7 @@ class RolloutSummary:
         return len(self.uids)
 
 
-class RolloutWorker(Metered, verbs=("generate", "update_weights")):
+class RolloutWorker(Metered, verbs=("generate", "update_weights", "sleep", "wake")):
     """One sampler. All methods are coroutines of one event loop, so shards and environments overlap."""
 
     async def start(
@@ -69,13 +70,17 @@ class RolloutWorker(Metered, verbs=("generate", "update_weights")):
         seed: int,
         threads: int,
         adapter: LoraConfig | None = None,
+        sleeps: bool = False,
     ) -> None:
-        """Loads the sampler. adapter: it will be sent; None: whole weights."""
+        """Loads the sampler. adapter: it will be sent; None: whole weights. sleeps: it takes turns with the trainer,
+        whose turn is first."""
         self._config = config
         self._engine: RolloutEngine = await start_engine(
-            model_path, config, max_length=max_length, seed=seed, threads=threads, adapter=adapter
+            model_path, config, max_length=max_length, seed=seed, threads=threads, adapter=adapter, sleeps=sleeps
         )
         self._intake = WeightIntake()
+        if sleeps:
+            await self._engine.sleep()
         self._environment: Environment = ENVIRONMENTS.get(config.environment, where="rollout.environment")()
 
     async def generate(
@@ -124,6 +129,12 @@ class RolloutWorker(Metered, verbs=("generate", "update_weights")):
         """Takes new weights."""
         checksum = await self._engine.update_weights(self._intake.open(sent), version)
         return TakenWeights(checksum, dict(getattr(self._engine, "last_update_s", {})))
+
+    async def sleep(self, *, weights: bool) -> Rest:
+        return await self._engine.sleep(weights=weights)
+
+    async def wake(self) -> Rest:
+        return await self._engine.wake()
 
     async def join_trainer(self, meeting: Meeting) -> None:
         """Meets trainer rank 0 for broadcasts of weights between GPUs."""

@@ -7,7 +7,7 @@ import math
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -25,6 +25,8 @@ from rlsys.batch.versions import WeightVersion
 from rlsys.checkpoint.export import export_hf
 from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
 from rlsys.engines.flops import ModelFlops, matmul_peak
+from rlsys.engines.rollout.base import Rest
+from rlsys.engines.storages import used_bytes
 from rlsys.engines.sync.broadcast import Broadcaster, Meeting
 from rlsys.engines.sync.buckets import Entry
 from rlsys.engines.sync.checksum import tensor_digest
@@ -93,6 +95,8 @@ _VERBS = (
     "pair_reference",
     "save_state",
     "load_state",
+    "offload",
+    "onload",
 )
 
 
@@ -105,6 +109,7 @@ class TrainerWorker(Metered, verbs=_VERBS):
         self._bypass = False
         self._sender = WeightSender()
         self._frozen: dict[str, bytes] | None = None
+        self._away: Literal["nothing", "optimizer", "everything"] = "nothing"
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 can be met: this node's address and a port that is free now."""
@@ -138,7 +143,7 @@ class TrainerWorker(Metered, verbs=_VERBS):
         """
         torch.set_num_threads(threads)
         init_process_group(self._rank, self._world_size, *address, timeout_s=collective_timeout_s)
-        self._engine: TrainEngine = load_engine(
+        self._loaded: TrainEngine = load_engine(
             model,
             trainer,
             temperature=temperature,
@@ -155,6 +160,28 @@ class TrainerWorker(Metered, verbs=_VERBS):
         self._flops = ModelFlops.of(config, *counts, value_head=critic)
         self._model, self._critic = model, critic
         return counts
+
+    @property
+    def _engine(self) -> TrainEngine:
+        if self._away == "everything":
+            raise RuntimeError("the trainer is asked for something while it waits in main memory")
+        return self._loaded
+
+    def offload(self, *, weights: bool) -> Rest:
+        """Moves optimiser and gradient to main memory, and with ``weights`` these too. Does nothing more where that has
+        been done, or where there is no other memory."""
+        before = used_bytes(training_device())
+        due = self._loaded.offload(weights=weights)
+        if weights or self._away == "nothing":
+            self._away = "everything" if weights else "optimizer"
+        return Rest(before, used_bytes(training_device()), due)
+
+    def onload(self, *, optimizer: bool) -> Rest:
+        """Moves back what is away; without ``optimizer`` the weights alone."""
+        before = used_bytes(training_device())
+        self._loaded.onload(optimizer=optimizer)
+        self._away = "nothing" if optimizer or self._away == "nothing" else "optimizer"
+        return Rest(before, used_bytes(training_device()))
 
     def measure_peak(self) -> float:
         """FLOP/s of a matrix product in the dtype of the forward pass, while the other ranks do the same."""

@@ -14,8 +14,10 @@ from rlsys.config.errors import UserError
 from rlsys.config.schema import KLConfig, RunConfig
 
 
-def config(ranks: int | None = None, samplers: int = 1, kl: float = 0.0, tensor_parallel: int = 1) -> RunConfig:
-    base = run_config(f"rollout.tensor_parallel={tensor_parallel}")
+def config(
+    ranks: int | None = None, samplers: int = 1, kl: float = 0.0, tensor_parallel: int = 1, placement: str = "shared"
+) -> RunConfig:
+    base = run_config(f"rollout.tensor_parallel={tensor_parallel}", f"cluster.placement={placement}")
     return replace(
         base,
         trainer=replace(base.trainer, ranks=ranks),
@@ -61,6 +63,35 @@ def test_a_sampler_of_several_gpus_has_them_to_itself(gpus: int, samplers: int, 
     assert sum(bundle["GPU"] for bundle in layout.bundles) == gpus
     assert all(a.gpus == each == layout.bundles[a.bundle]["GPU"] for a in layout.of("rollout"))
     assert not {a.bundle for a in layout.of("trainer")} & {a.bundle for a in layout.of("rollout")}
+
+
+@given(ranks=st.integers(1, 6), samplers=st.integers(1, 6), gpus=st.integers(1, 12))
+def test_taking_turns_needs_as_many_gpus_as_the_larger_group_and_apart_both(
+    ranks: int, samplers: int, gpus: int
+) -> None:
+    for placement, needed in (("colocated", max(ranks, samplers)), ("disaggregated", ranks + samplers)):
+        settings = config(ranks, samplers, placement=placement)
+        if needed > gpus:
+            with pytest.raises(UserError):
+                plan(settings, gpus=gpus, cores=8)
+            continue
+        layout = plan(settings, gpus=gpus, cores=8)
+        assert sum(bundle["GPU"] for bundle in layout.bundles) == needed
+        shared = {a.bundle for a in layout.of("trainer")} & {a.bundle for a in layout.of("rollout")}
+        assert len(shared) == (min(ranks, samplers) if placement == "colocated" else 0)
+
+
+def test_without_gpus_cores_are_shared_or_divided() -> None:
+    together = plan(config(placement="colocated"), gpus=0, cores=8)
+    assert {a.threads for role in ("trainer", "rollout") for a in together.of(role)} == {8}
+    apart = plan(config(samplers=3, placement="disaggregated"), gpus=0, cores=8)
+    assert {a.threads for role in ("trainer", "rollout") for a in apart.of(role)} == {2}
+
+
+def test_a_sampler_of_several_gpus_takes_no_turns() -> None:
+    with pytest.raises(UserError, match="takes no turns") as error:
+        plan(config(tensor_parallel=2, placement="colocated"), gpus=4, cores=8)
+    assert error.value.where == "cluster.placement"
 
 
 def test_without_gpus_a_sampler_of_several_processes_is_one_actor() -> None:

@@ -15,6 +15,7 @@ from knobs.table import Actors, Bench, entry
 from rlsys.cluster import session
 from rlsys.cluster.placement import ActorSpec, plan
 from rlsys.config.schema import ClusterConfig, DeadlineConfig
+from rlsys.engines.rollout.base import Rest
 from rlsys.tracking.display import PlainDisplay
 from rlsys.tracking.live import LiveDisplay
 from rlsys.workers.experience import collect
@@ -93,7 +94,7 @@ def experience_deadlines(bench: Bench) -> None:
 # --- cluster.*, tracker.* ---
 
 
-@entry("cluster.address", "cluster.object_store_gib")
+@entry("cluster.address")
 def connection(bench: Bench) -> None:
     asked: list[dict[str, Any]] = []
 
@@ -101,19 +102,44 @@ def connection(bench: Bench) -> None:
         asked.append(arguments)
         return SimpleNamespace(address_info={})
 
-    for name, fake in {"init": init, "cluster_resources": dict, "shutdown": lambda: None}.items():
+    node = {"Alive": True, "Resources": {}}
+    for name, fake in {"init": init, "nodes": lambda: [node], "shutdown": lambda: None}.items():
         bench.monkeypatch.setattr(session.ray, name, fake)
-    for config in (ClusterConfig(), ClusterConfig(object_store_gib=2.0), ClusterConfig(address="10.0.0.1:6379")):
+    for config in (ClusterConfig(), ClusterConfig(address="10.0.0.1:6379")):
         with session.connect(config):
             pass
-    assert [arguments["address"] for arguments in asked] == ["local", "local", "10.0.0.1:6379"]
-    assert [arguments["object_store_memory"] for arguments in asked] == [1 << 29, 2 << 30, None]
+    assert [arguments["address"] for arguments in asked] == ["local", "10.0.0.1:6379"]
+    assert [arguments["object_store_memory"] for arguments in asked] == [1 << 29, None]
 
 
 @entry("cluster.threads")
 def threads(bench: Bench) -> None:
     actors = plan(bench.config("cluster.threads=3"), gpus=0, cores=8).actors
     assert {a.env["OMP_NUM_THREADS"] for a in actors if a.role != "reward"} == {"3"}
+
+
+@entry("cluster.placement")
+def placement(bench: Bench) -> None:
+    def asked(name: str) -> list[str]:
+        """Of samplers and trainer, in an update of weights."""
+        with bench.job(f"cluster.placement={name}") as job:
+            order: list[str] = []
+            for actors in (job.groups.trainer, job.groups.rollout):
+                for verb in ("offload", "wake"):
+                    actors.answers[verb] = lambda *_, verb=verb, **__: order.append(verb) or [Rest()]  # type: ignore[union-attr]
+            with job.turns.syncing():
+                order.append("weights")
+            return order
+
+    assert asked("shared") == asked("disaggregated") == ["weights"]
+    assert asked("colocated") == ["offload", "weights", "offload", "wake"]
+    together, apart = (
+        plan(bench.config(f"cluster.placement={name}"), gpus=2, cores=8) for name in ("shared", "disaggregated")
+    )
+    assert [
+        len({a.bundle for a in layout.of("trainer")} & {a.bundle for a in layout.of("rollout")})
+        for layout in (together, apart)
+    ] == [1, 0]
 
 
 @entry("tracker.use")

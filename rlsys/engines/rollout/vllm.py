@@ -174,12 +174,15 @@ class VllmEngine:
             if current_platform.is_cpu():
                 weights = weights and not self._adapts
                 due = sum(await self._rpc("rlsys_sleep", weights))
-            elif weights:
-                await self._engine.sleep(level=1 if self._adapts else 2)
-                self._away = {"weights", "kv_cache"}
-            elif not self._away:
-                await self._engine.release_kv_cache_memory()
-                self._away = {"kv_cache"}
+            else:
+                due = sum(await self._rpc("rlsys_mapped"))
+                if weights:
+                    await self._engine.sleep(level=1 if self._adapts else 2)
+                    self._away = {"weights", "kv_cache"}
+                elif not self._away:
+                    await self._engine.release_kv_cache_memory()
+                    self._away = {"kv_cache"}
+                due -= sum(await self._rpc("rlsys_mapped"))
             self._lost = self._lost or (weights and not self._adapts)
             return Rest(before, await self._used(), due)
 

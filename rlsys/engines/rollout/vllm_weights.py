@@ -129,6 +129,13 @@ class WeightReceiver:
         """On a CPU: gives the KV cache memory."""
         self._sleeper().wake()
 
+    def rlsys_mapped(self) -> int:
+        """On a GPU: bytes that vLLM's allocator has mapped for weights and cache."""
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        held = CuMemAllocator.get_instance().pointer_to_data.values()
+        return sum(int(data.handle[1]) for data in held if not data.is_asleep)
+
     def rlsys_used(self) -> int:
         """Bytes in use: of this rank's GPU, or of this process."""
         return used_bytes(self.device)

@@ -75,12 +75,28 @@ class TrainEngine(Protocol):
         the generators of random numbers are seeded anew, from the run's seed, the rank and the step."""
         ...
 
-    def export_weights(self, dtype: torch.dtype, *, adapter: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    def offload(self, *, weights: bool = True) -> int:
+        """Moves optimiser and gradient from the GPU to main memory, and with ``weights`` these too. Until
+        :meth:`onload` nothing that reads them may be called. Does nothing where main memory is all there is.
+
+        Returns:
+            Bytes that were moved.
+        """
+        ...
+
+    def onload(self, *, optimizer: bool = True) -> None:
+        """Moves back what is away, bit for bit; without ``optimizer`` the weights alone."""
+        ...
+
+    def export_weights(
+        self, dtype: torch.dtype, *, adapter: bool = True, on_device: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Full weights by Hugging Face name, one after the other, cast to ``dtype``, on the CPU on rank 0. A
         collective: every rank must exhaust it; the tensors are the same on each. Tied weights appear once.
 
         Args:
             adapter: an adapter is merged into the weights; False: they are as training found them.
+            on_device: where the model is, on rank 0 too.
         """
         ...
 
@@ -143,6 +159,10 @@ class TrainedModel(ShardedModel, Protocol):
 
     def moments(self) -> dict[str, Shard]:
         """This rank's slices of AdamW's moments, as exp_avg/NAME and exp_avg_sq/NAME, as views; 0 before a step."""
+        ...
+
+    def optimizer_memory(self) -> Iterator[torch.Tensor]:
+        """Tensors that gradient, moments and whatever else only a step reads lie in."""
         ...
 
     def resume(self, steps: int) -> None:

@@ -23,6 +23,7 @@ from rlsys.engines.train.collectives import Meter, Ranks, Slots, reduce_floats, 
 from rlsys.engines.train.layers import prepare_layers
 from rlsys.engines.train.lora import Adapter, adapter_off, adapter_weights, add_adapter, merged_weights
 from rlsys.engines.train.model import PolicyModel, ValueModel, context_length, load_causal_lm, load_config
+from rlsys.engines.train.resting import resting
 from rlsys.engines.train.rows import MicroBatch, RankRows
 from rlsys.engines.train.teacher import Teacher
 from rlsys.engines.train.ulysses import SequenceRanks, check_packs, check_sequence_ranks
@@ -57,6 +58,7 @@ class ShardedEngine(ABC):
         self.parameter_count, self.trained_count = trained.parameter_count, trained.trained_count
         self._sequence = SequenceRanks(trainer.sequence_ranks) if trainer.sequence_ranks > 1 else None
         self._progress, self._finite = state.Progress(), True
+        self._resting = resting(self._device)
         state.seed_generators(seed, self._rank, 0)
 
     @staticmethod
@@ -244,14 +246,24 @@ class ShardedEngine(ABC):
             state.load_weights(place, TEACHER, self._teacher.saved)
             self._teacher.restored()
 
-    def export_weights(self, dtype: torch.dtype, *, adapter: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    def offload(self, *, weights: bool = True) -> int:
+        """See TrainEngine."""
+        return self._resting.offload(self._trained, self._teacher and self._teacher.beside, weights=weights)
+
+    def onload(self, *, optimizer: bool = True) -> None:
+        """See TrainEngine."""
+        self._resting.onload(optimizer=optimizer)
+
+    def export_weights(
+        self, dtype: torch.dtype, *, adapter: bool = True, on_device: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """See TrainEngine."""
         names, whole = self._trained.names, self._trained.whole
         weights: Iterator[tuple[str, torch.Tensor]] = ((name, whole(name, dtype)) for name in names)
         if self._adapter is not None:
             weights = merged_weights(names, whole, self._adapter, dtype, on=adapter)
         for name, weight in weights:
-            yield name, weight.to("cpu" if self._rank == 0 else self._device)
+            yield name, weight.to("cpu" if self._rank == 0 and not on_device else self._device)
 
     def export_adapter(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """See TrainEngine."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -94,6 +94,11 @@ class FsdpTrained(FsdpModel):
             for name, parameter in self.parameters.items()
             for moment in MOMENTS
         }
+
+    def optimizer_memory(self) -> Iterator[torch.Tensor]:
+        yield from (p.grad for p in self.parameters.values() if p.grad is not None)
+        for entry in self.optimizer.state.values():
+            yield from entry.values()
 
     def resume(self, steps: int) -> None:
         for entry in self.optimizer.state.values():

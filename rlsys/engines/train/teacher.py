@@ -76,6 +76,11 @@ class Teacher:
         return all(packs(model.lm) for model in models)
 
     @property
+    def beside(self) -> ShardedModel | None:
+        """The second model; None: there is none."""
+        return self._other
+
+    @property
     def saved(self) -> dict[str, Shard]:
         """Weights that a checkpoint must hold: those that moved since the start."""
         return self._other.weights() if self._other is not None and self._rate else {}

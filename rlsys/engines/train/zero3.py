@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -112,6 +113,14 @@ class Zero3Trained:
             for name, p in self._parameters.items()
             for moment in MOMENTS
         }
+
+    def optimizer_memory(self) -> Iterator[torch.Tensor]:
+        """DeepSpeed's own buffers: moments, and where gradients are added up."""
+        zero = self._zero
+        for entry in zero.optimizer.state.values():
+            yield from (value for value in entry.values() if isinstance(value, torch.Tensor))
+        yield zero.grad_partitions_flat_buffer
+        yield from (bucket.buffer for bucket in zero.ipg_buckets.values() if bucket.buffer is not None)
 
     def resume(self, steps: int) -> None:
         for entry in self._zero.optimizer.state.values():
