@@ -18,14 +18,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import grpo_step, report
 from benchmarks import logprob as heads
+from benchmarks import report
 from benchmarks.gpu_models import (
     QWEN3_1_7B,
     SMALL,
@@ -36,7 +35,7 @@ from benchmarks.gpu_models import (
     training_flops,
     write_model,
 )
-from benchmarks.grpo_step_sides import Task, Workload, make_folder, rlsys_overrides
+from benchmarks.grpo_step_sides import Task, Workload, rlsys_overrides
 from benchmarks.train_util import one_rank
 from rlsys.algorithms.channels import CrossEntropy, PolicyGradient
 from rlsys.algorithms.objective import Objective
@@ -408,27 +407,23 @@ def sampling(quick: bool, shape: Shape = QWEN3_1_7B, **rollout: Any) -> Part:
 
 
 def step(quick: bool) -> Part:
-    """A whole GRPO step against TRL's, whose faster sampler counts."""
+    """Whole GRPO steps against TRL's trainer: ``benchmarks.grpo_step`` with vLLM as rlsys's sampler."""
     needs("vllm", "trl")
-    load_name = "32 × 8, long tail"
-    rows, ratios = [], {}
-    models = {"26M": (512, 8, 1536)} if quick else {"26M": (512, 8, 1536), "300M": (1024, 24, 3072)}
+    model, load_name = ("3M", "8 × 8, equal") if quick else ("26M", "32 × 8, long tail")
     with tempfile.TemporaryDirectory() as root:
-        for model, (hidden, layers, intermediate) in models.items():
-            folder = Path(root) / model
-            make_folder(folder, hidden=hidden, layers=layers, intermediate=intermediate)
-            found = {}
-            for sampler in ("generate",) if quick else ("generate", "continuous"):
-                (work := Path(root) / f"{model}-{sampler}").mkdir()
-                options = SimpleNamespace(threads=report.cores(), sampler="vllm", trl_sampler=sampler,
-                                          windows=1 if quick else 3, steps=1 if quick else 3)  # fmt: skip
-                found[sampler] = grpo_step.compare(folder, grpo_step.WORKLOADS[load_name], options, work)
-            for sampler, result in found.items():
-                rate = {side: f"{1 / result.timings.median(side):.2f}" for side in ("rlsys", "TRL")}
-                rows.append((model, sampler, rate["rlsys"], rate["TRL"], f"{result.ratio:.2f} ×"))
-            ratios[f"GRPO steps/s, {model}, rlsys / TRL"] = min(result.ratio for result in found.values())
-    text = f"{load_name}, as in `benchmarks.grpo_step`; rlsys samples with vLLM."
-    return Part(text, ("model", "TRL samples by", "rlsys steps/s", "TRL steps/s", "ratio"), rows, ratios)
+        path = Path(root) / "figures.json"
+        command = [sys.executable, "-m", "benchmarks.grpo_step", "--model", model, "--workload", load_name]
+        command += ["--sampler", "vllm", "--windows", "3", "--json", str(path)] + ["--quick"] * quick
+        run_to_its_end(command, dict(os.environ))
+        figures = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
+        (name, side, f"{1 / statistics.median(seconds):.2f}")
+        for name, sides in figures["seconds"].items()
+        for side, seconds in sides.items()
+    ]
+    ratios = {f"GRPO steps/s, {name}, rlsys / TRL": value for name, value in figures["ratios"].items()}
+    text = "As in `benchmarks.grpo_step`, float32; rlsys samples with vLLM, and TRL with its fastest sampler there."
+    return Part(text, ("model, prompts × samples", "side", "steps/s"), rows, ratios)
 
 
 PARTS: dict[str, Callable[[bool], Part]] = {
