@@ -70,9 +70,9 @@ def _check_adapter(config: RunConfig, adapter: LoraConfig) -> None:
             where="model.lora.sync",
             fix=fix,
         )
-    if config.rollout.sync == "nccl":
+    if config.rollout.sync in ("nccl", "cuda_ipc"):
         raise UserError(
-            "broadcasts between GPUs are of whole weights",
+            "from GPU to GPU whole weights are sent",
             where="rollout.sync",
             fix=f"{fix}, or rollout.sync=auto, shared_memory, object_store or delta",
         )

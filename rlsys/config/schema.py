@@ -193,8 +193,9 @@ class _Rollout:
     stop_token_ids: token ids that end a response.
     workers: number of RolloutWorker actors.
     dtype: of the sampler's weights.
-    sync: how new weights reach the samplers. ``auto``: memory that they share on one host, NCCL between the GPUs of
-        several, else the object store; ``delta``: through the object store, only what changed.
+    sync: how new weights reach the samplers. ``auto``: CUDA's handles inside GPUs that both are on, else memory that
+        they share on one host, NCCL between the GPUs of several, else the object store; ``delta``: through the object
+        store, only what changed.
     environment: name or import path of the environment that a prompt is played in.
     mismatch_alarm: mean absolute log-prob difference between sampler and trainer above which an alarm is raised.
     """
@@ -205,7 +206,7 @@ class _Rollout:
     stop_token_ids: list[Integer] = field(default_factory=list)
     workers: Positive = 1
     dtype: Dtype = "float32"
-    sync: Literal["auto", "shared_memory", "object_store", "nccl", "delta"] = "auto"
+    sync: Literal["auto", "cuda_ipc", "shared_memory", "object_store", "nccl", "delta"] = "auto"
     environment: str = "single_turn"
     mismatch_alarm: PositiveFloat = 0.05
 

@@ -23,6 +23,7 @@ from rlsys.config.schema import DeadlineConfig, DistillationConfig, ModelConfig,
 from rlsys.engines.rollout.base import Rest
 from rlsys.engines.sync.broadcast import Meeting
 from rlsys.engines.sync.buckets import Entry
+from rlsys.engines.sync.cuda_ipc import IpcBucket
 from rlsys.engines.sync.verify import check_sync
 from rlsys.workers.reference import ReferenceWorker
 from rlsys.workers.reward import ContextSettings, RewardSummary, RewardWorker
@@ -165,6 +166,23 @@ class RolloutGroup(_Group):
         answers = self._gather([*sending, *receiving], "sync")
         sent, taken = answers[0], answers[len(sending) :]
         return sent, self._checked(sent, receiving, taken)
+
+    def read_buckets(
+        self, trainer: TrainerGroup, dtype: str, request: SendRequest
+    ) -> tuple[SentWeights, list[TakenWeights]]:
+        """Has the samplers read what trainer ranks pack on their GPUs, one bucket after the other.
+
+        Raises:
+            SyncError: a sampler's checksum is not the sender's.
+        """
+        updating = self._updates(SentWeights("cuda_ipc", [], "", 0), request.version)
+        while isinstance(packed := trainer.pack_weights(dtype), IpcBucket):
+            self._offer(packed)
+        self._offer(None)
+        return packed, self._checked(packed, updating, self._gather(updating, "sync"))
+
+    def _offer(self, bucket: IpcBucket | None) -> None:
+        self._gather([a.call("offer_weights", bucket, what="a bucket of weights") for a in self._actors], "sync")
 
     def _meet(self, trainer: TrainerGroup) -> None:
         host, port = trainer.meeting_place()
@@ -419,13 +437,21 @@ class TrainerGroup(_Group):
         return self._all("export_weights", dtype, request, phase="sync", what="gathered weights")[0]
 
     def release_weights(self) -> None:
-        self._first("release_weights", "freeing memory of the last update")
+        self._all("release_weights", phase="sync", what="freeing memory of the last update")
 
     def offload(self, *, weights: bool) -> list[Rest]:
         return self._all("offload", weights=weights, phase="sync", what="its way to main memory", stop=False)
 
     def onload(self, *, optimizer: bool) -> list[Rest]:
         return self._all("onload", optimizer=optimizer, phase="sync", what="its way back to the GPU", stop=False)
+
+    def pack_weights(self, dtype: str) -> IpcBucket | SentWeights:
+        """A bucket with every rank's handle, or, when there are no more, what was sent."""
+        first, *others = self._all("pack_weights", dtype, phase="sync", what="a bucket of weights")
+        return first.merged(others) if isinstance(first, IpcBucket) else first
+
+    def hosts(self) -> list[Host]:
+        return self._all("host", phase="sync", what="its host")
 
     def host(self) -> Host:
         return self._first("host", "its host")

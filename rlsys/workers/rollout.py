@@ -16,6 +16,7 @@ from rlsys.config.schema import LoraConfig, RolloutConfig
 from rlsys.engines.rollout import RolloutEngine, start_engine
 from rlsys.engines.rollout.base import Rest
 from rlsys.engines.sync.broadcast import Meeting
+from rlsys.engines.sync.cuda_ipc import IpcBucket, close_mapping
 from rlsys.environments.base import ENVIRONMENTS, Environment
 from rlsys.environments.play import SamplingSettings, play_group, trajectories_to_batch
 from rlsys.tracking.meter import Metered
@@ -122,12 +123,22 @@ class RolloutWorker(Metered, verbs=("generate", "update_weights", "sleep", "wake
         batch = trajectories_to_batch(prompts, groups)
         return batch, summarize(batch)
 
-    def host(self) -> Host:
-        return Host.here()
+    async def offer_weights(self, bucket: IpcBucket | None) -> None:
+        """Hands over one bucket of the update under way, and returns when it has been read; None: that was all."""
+        await asyncio.wrap_future(self._intake.offer(bucket))
+
+    async def host(self) -> Host:
+        return Host.here(await self._engine.gpus())
 
     async def update_weights(self, sent: SentWeights, version: WeightVersion) -> TakenWeights:
         """Takes new weights."""
-        checksum = await self._engine.update_weights(self._intake.open(sent), version)
+        try:
+            checksum = await self._engine.update_weights(self._intake.open(sent), version)
+        except BaseException as error:
+            self._intake.abandon(error)
+            raise
+        finally:
+            close_mapping()
         return TakenWeights(checksum, dict(getattr(self._engine, "last_update_s", {})))
 
     async def sleep(self, *, weights: bool) -> Rest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from rlsys.engines.storages import used_bytes
 from rlsys.engines.sync.broadcast import Broadcaster, Meeting
 from rlsys.engines.sync.buckets import Entry
 from rlsys.engines.sync.checksum import tensor_digest
+from rlsys.engines.sync.cuda_ipc import IpcBucket, IpcSender, gpu_uuid
 from rlsys.engines.train import TrainEngine, init_process_group, load_engine
 from rlsys.engines.train.collectives import Ranks, training_device
 from rlsys.engines.train.lora import save_adapter
@@ -109,6 +111,7 @@ class TrainerWorker(Metered, verbs=_VERBS):
         self._bypass = False
         self._sender = WeightSender()
         self._frozen: dict[str, bytes] | None = None
+        self._packing: IpcSender | None = None
         self._away: Literal["nothing", "optimizer", "everything"] = "nothing"
 
     def address(self) -> tuple[str, int]:
@@ -143,7 +146,7 @@ class TrainerWorker(Metered, verbs=_VERBS):
         """
         torch.set_num_threads(threads)
         init_process_group(self._rank, self._world_size, *address, timeout_s=collective_timeout_s)
-        self._loaded: TrainEngine = load_engine(
+        self._engine = load_engine(
             model,
             trainer,
             temperature=temperature,
@@ -166,6 +169,10 @@ class TrainerWorker(Metered, verbs=_VERBS):
         if self._away == "everything":
             raise RuntimeError("the trainer is asked for something while it waits in main memory")
         return self._loaded
+
+    @_engine.setter
+    def _engine(self, engine: TrainEngine) -> None:
+        self._loaded = engine
 
     def offload(self, *, weights: bool) -> Rest:
         """Moves optimiser and gradient to main memory, and with ``weights`` these too. Does nothing more where that has
@@ -399,7 +406,8 @@ class TrainerWorker(Metered, verbs=_VERBS):
             self._updates[update].save(path)
 
     def host(self) -> Host:
-        return Host.here()
+        device = training_device()
+        return Host.here([gpu_uuid(device)] if device.type == "cuda" else [])
 
     def export_weights(self, dtype: str, request: SendRequest | None = None) -> SentWeights | None:
         """Rank 0: hands out the weights in ``dtype``. Others: None; the gathers are collective.
@@ -430,6 +438,24 @@ class TrainerWorker(Metered, verbs=_VERBS):
     def release_weights(self) -> None:
         """Every sampler has taken what was exported."""
         self._sender.release()
+        if torch.cuda.is_initialized():
+            torch.cuda.ipc_collect()  # what receivers have let go of
+
+    def pack_weights(self, dtype: str) -> IpcBucket | SentWeights:
+        """The next bucket of this rank's GPU, over the one before, which every sampler has read. A collective: every
+        rank has the same weights in it. When there are no more: what was sent; the next call begins anew."""
+        if self._packing is None:
+            self._began = time.perf_counter()
+            weights = self._engine.export_weights(getattr(torch, dtype), on_device=True)
+            device = training_device()
+            gpu_uuid(device)  # or it says that there is none
+            self._packing = IpcSender(weights, allocate=lambda n: torch.empty(n, dtype=torch.uint8, device=device))
+        bucket = self._packing.next()
+        if bucket is not None:
+            return bucket
+        done, self._packing = self._packing, None
+        seconds = {"pack": time.perf_counter() - self._began}
+        return SentWeights("cuda_ipc", [], done.checksum.hexdigest(), done.nbytes, seconds)
 
     def weights_index(self, dtype: str) -> list[Entry] | None:
         """Rank 0: name, dtype and shape of every weight, in the order of ``export_weights``. Others: None."""

@@ -43,6 +43,9 @@ class WeightSync:
         request = SendRequest(self._transport, version, base, adapter=self._adapter)
         if self._transport == "nccl":
             sent, taken = self._rollout.receive_broadcast(self._trainer, self._config.dtype, request)
+        elif self._transport == "cuda_ipc":
+            sent, taken = self._rollout.read_buckets(self._trainer, self._config.dtype, request)
+            self._trainer.release_weights()
         else:
             sent = self._trainer.export_weights(self._config.dtype, request)
             taken = self._rollout.update_weights(sent, version)
@@ -57,10 +60,12 @@ class WeightSync:
 
     def _chosen(self) -> Transport:
         sender, *receivers = [self._trainer.host(), *self._rollout.hosts()]
+        gpus = {gpu for host in self._trainer.hosts() for gpu in host.gpus} if sender.gpus else set()
         return choose(
             self._config.sync,
             one_host=all(receiver.identity == sender.identity for receiver in receivers),
             # An adapter is small, and vLLM's broadcast is of whole weights.
             gpus=not self._adapter and all(host.gpu for host in (sender, *receivers)),
             vllm=isinstance(self._config, VllmRollout),
+            same_gpus=not self._adapter and all(host.gpus and gpus.issuperset(host.gpus) for host in receivers),
         )

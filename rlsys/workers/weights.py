@@ -3,6 +3,8 @@
 - ``shared_memory``: rank 0 writes once, samplers on its host map that memory. Rank 0 keeps up to 1 GiB of it.
 - ``object_store``: flat buckets through Ray's object store, fetched one at a time.
 - ``delta``: through the object store, only what changed. Rank 0 keeps a copy of what it sent, each sampler's actor too.
+- ``cuda_ipc``: every rank packs a bucket on its GPU, which the sampler there maps; one bucket after the other, each
+  while all wait (``rlsys.engines.sync.cuda_ipc``).
 - ``nccl``: rank 0 broadcasts packed buckets to the samplers' GPUs (``rlsys.engines.sync.broadcast``).
 """
 
@@ -10,7 +12,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 import ray
@@ -20,6 +24,7 @@ from rlsys.batch.versions import WeightVersion
 from rlsys.engines.sync.broadcast import Broadcast
 from rlsys.engines.sync.buckets import Entry, Parcel, pack
 from rlsys.engines.sync.checksum import WeightsChecksum
+from rlsys.engines.sync.cuda_ipc import IpcBucket
 from rlsys.engines.sync.delta import DeltaSender, Mirror
 from rlsys.engines.sync.shared_memory import Segment, SharedBucket, host_identity
 from rlsys.engines.sync.transport import Transport
@@ -29,14 +34,16 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Host:
-    """Where an actor runs. identity: equal where memory can be shared; gpu: whether it has one."""
+    """Where an actor runs. identity: equal where memory can be shared; gpu: whether it has one; gpus: UUIDs of those
+    that weights lie on."""
 
     identity: str
     gpu: bool
+    gpus: tuple[str, ...] = ()
 
     @classmethod
-    def here(cls) -> Host:
-        return cls(host_identity(), torch.cuda.is_available())
+    def here(cls, gpus: Iterable[str] = ()) -> Host:
+        return cls(host_identity(), torch.cuda.is_available(), tuple(gpus))
 
 
 @dataclass(frozen=True)
@@ -121,17 +128,64 @@ class WeightSender:
         self._segment.let_go()
 
 
+class Handover:
+    """Parcels that an engine is handed one at a time, from another thread than the one that it reads them in."""
+
+    def __init__(self) -> None:
+        self._offered: SimpleQueue[tuple[IpcBucket | None, Future[None]]] = SimpleQueue()
+        self._error: BaseException | None = None
+
+    def offer(self, bucket: IpcBucket | None) -> Future[None]:
+        """Done when the engine asks for the next one: it has then read this one, and its memory may be written to."""
+        read: Future[None] = Future()
+        if self._error is not None:
+            read.set_exception(self._error)
+        else:
+            self._offered.put((bucket, read))
+        return read
+
+    def abandon(self, error: BaseException) -> None:
+        self._error = error
+        while not self._offered.empty():
+            self._offered.get()[1].set_exception(error)
+
+    def __iter__(self) -> Iterator[IpcBucket]:
+        while True:
+            bucket, read = self._offered.get()
+            if bucket is None:
+                read.set_result(None)
+                return
+            try:
+                yield bucket
+            except BaseException as error:
+                read.set_exception(error)
+                raise
+            read.set_result(None)
+
+
 class WeightIntake:
     """A sampler's actor's side: opens what the trainer sent."""
 
     def __init__(self) -> None:
         self._mirror = Mirror()
+        self._handover = Handover()
+
+    def offer(self, bucket: IpcBucket | None) -> Future[None]:
+        """Hands the engine one bucket of an update that was opened; None: there are no more. Done when it was read."""
+        return self._handover.offer(bucket)
+
+    def abandon(self, error: BaseException) -> None:
+        """The update broke off: nobody reads any more."""
+        self._handover.abandon(error)
 
     def open(self, sent: SentWeights) -> Iterable[Parcel]:
         """Parcels for the engine, fetched one at a time: what has been loaded may leave the object store. The engine
         does not sample meanwhile, so a wait for the next one keeps nobody waiting."""
         if isinstance(sent.parcels, SharedBucket):
             return [sent.parcels]
+        if sent.transport == "cuda_ipc":
+            self._handover = Handover()
+            return self._handover
         if sent.transport == "nccl":
             return [Broadcast(sent.index)]
         fetched = (ray.get(ref) for ref in sent.parcels)

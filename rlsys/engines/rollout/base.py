@@ -46,6 +46,10 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    async def gpus(self) -> list[str]:
+        """UUIDs of the GPUs that its weights lie on; none on a CPU."""
+        ...
+
     async def checksum(self) -> str:
         """Checksum (``rlsys.engines.sync.checksum``) of the weights that the engine holds now."""
         ...

@@ -24,6 +24,7 @@ from rlsys.engines.rollout.whole_batches import WholeBatches
 from rlsys.engines.storages import Emptied, own, storages, used_bytes
 from rlsys.engines.sync.buckets import Parcel
 from rlsys.engines.sync.checksum import weights_checksum
+from rlsys.engines.sync.cuda_ipc import gpu_uuid
 from rlsys.engines.sync.verify import SyncError
 from rlsys.environments.base import Sample, SamplingParams
 
@@ -108,6 +109,9 @@ class TorchEngine:
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._run())
         return await answer
+
+    async def gpus(self) -> list[str]:
+        return [gpu_uuid(self._model.device)] if self._model.device.type == "cuda" else []
 
     async def checksum(self) -> str:
         async with self._at_rest():

@@ -40,6 +40,7 @@ from rlsys.engines.rollout.vllm_memory import check_memory
 from rlsys.engines.sync.broadcast import Broadcast, Meeting
 from rlsys.engines.sync.buckets import Entry, Parcel
 from rlsys.engines.sync.checksum import Piece, pieces_checksum
+from rlsys.engines.sync.cuda_ipc import IpcBucket
 from rlsys.engines.sync.shared_memory import Segment, SharedBucket
 from rlsys.engines.sync.verify import SyncError
 from rlsys.environments.base import Sample, SamplingParams
@@ -134,6 +135,9 @@ class VllmEngine:
             raise SyncError(self._broken or (_ASLEEP if self._asleep else "the sampler gave up a sequence under way"))
         return _sample(final)
 
+    async def gpus(self) -> list[str]:
+        return [] if current_platform.is_cpu() else await self._rpc("rlsys_gpu")
+
     async def checksum(self) -> str:
         ranks = await self._rpc("rlsys_held")
         return pieces_checksum([_piece(fields) for fields in pieces] for pieces in ranks)
@@ -225,8 +229,13 @@ class VllmEngine:
 
     async def _load(self, parcels: Iterable[Parcel]) -> None:
         await self._rpc("rlsys_begin_update")
-        for parcel in parcels:
-            if isinstance(parcel, Broadcast):
+        iterator = iter(parcels)
+        # In a thread: the next one may be handed over by another call of this event loop.
+        while (parcel := await asyncio.to_thread(next, iterator, None)) is not None:
+            if isinstance(parcel, IpcBucket):
+                handles = [dataclasses.astuple(handle) for handle in parcel.handles]
+                await self._rpc("rlsys_load_ipc", handles, _entries(parcel.entries), parcel.nbytes)
+            elif isinstance(parcel, Broadcast):
                 await self._rpc("rlsys_receive_broadcast", _entries(parcel.index))
             elif isinstance(parcel, SharedBucket):
                 await self._load_shared(parcel)

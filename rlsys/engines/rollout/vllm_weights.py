@@ -24,6 +24,7 @@ from rlsys.engines.rollout.vllm_sleep import Sleeper
 from rlsys.engines.storages import used_bytes
 from rlsys.engines.sync.broadcast import Listener, Meeting
 from rlsys.engines.sync.buckets import Entry
+from rlsys.engines.sync.cuda_ipc import IpcBucket, IpcHandle, IpcReceiver, gpu_uuid
 from rlsys.engines.sync.shared_memory import SharedBucket
 
 
@@ -111,7 +112,24 @@ class WeightReceiver:
         with torch.no_grad(), set_current_vllm_config(self.vllm_config):
             self.rlsys_listener.receive(_index(entries), self.model_runner.get_model().load_weights)
 
+    def rlsys_gpu(self) -> str:
+        return gpu_uuid(self.device)
+
+    def rlsys_load_ipc(
+        self, handles: list[tuple[Any, ...]], entries: list[tuple[str, str, list[int], int]], nbytes: int
+    ) -> None:
+        """Loads an ``IpcBucket``, given by its fields; returns when its memory has been read."""
+        bucket = IpcBucket(tuple(IpcHandle(*handle) for handle in handles), _index(entries), nbytes)
+        with torch.no_grad(), set_current_vllm_config(self.vllm_config):
+            self.model_runner.get_model().load_weights(self._ipc().tensors(bucket, self.device))
+        torch.cuda.synchronize(self.device)
+
+    def _ipc(self) -> IpcReceiver:
+        receiver: IpcReceiver = self.__dict__.setdefault("rlsys_ipc", IpcReceiver())
+        return receiver
+
     def rlsys_finish_update(self) -> None:
+        self._ipc().close()
         model = self.model_runner.get_model()
         with torch.no_grad(), set_current_vllm_config(self.vllm_config):
             finalize_layerwise_reload(model, self.model_config)

@@ -6,22 +6,27 @@ from typing import Literal
 
 from rlsys.config.errors import UserError
 
-Transport = Literal["shared_memory", "object_store", "delta", "nccl"]
+Transport = Literal["shared_memory", "object_store", "delta", "nccl", "cuda_ipc"]
 
 
-def choose(wanted: Literal["auto"] | Transport, *, one_host: bool, gpus: bool, vllm: bool) -> Transport:
+def choose(
+    wanted: Literal["auto"] | Transport, *, one_host: bool, gpus: bool, vllm: bool, same_gpus: bool = False
+) -> Transport:
     """The transport of a run.
 
     Args:
-        wanted: ``rollout.sync``. ``auto``: memory on one host, NCCL between the GPUs of several, else the object store.
+        wanted: ``rollout.sync``. ``auto``: inside the GPUs that both are on, memory on one host, NCCL between the GPUs of several, else the object store.
         one_host: whether every sampler can open trainer rank 0's memory.
         gpus: whether trainer and samplers have GPUs.
         vllm: whether the samplers are vLLM's.
+        same_gpus: whether every sampler's rank is on the GPU of a trainer rank of its host.
 
     Raises:
         UserError: the one asked for cannot act here.
     """
     if wanted == "auto":
+        if one_host and same_gpus:
+            return "cuda_ipc"
         if one_host:
             return "shared_memory"
         return "nccl" if gpus and vllm else "object_store"
@@ -36,5 +41,12 @@ def choose(wanted: Literal["auto"] | Transport, *, one_host: bool, gpus: bool, v
             "NCCL connects GPUs, and there are none",
             where="rollout.sync",
             fix="set rollout.sync=auto, object_store or delta",
+        )
+    if wanted == "cuda_ipc" and not (one_host and same_gpus):
+        raise UserError(
+            "CUDA hands memory over inside a GPU, and "
+            + ("a sampler is on one that no trainer rank is on" if gpus else "there are none"),
+            where="rollout.sync",
+            fix="set rollout.sync=auto" + (", or cluster.placement=colocated" if gpus else ""),
         )
     return wanted

@@ -248,7 +248,8 @@ class ShardedEngine(ABC):
 
     def offload(self, *, weights: bool = True) -> int:
         """See TrainEngine."""
-        return self._resting.offload(self._trained, self._teacher and self._teacher.beside, weights=weights)
+        teacher = None if self._teacher is None else self._teacher.beside
+        return self._resting.offload(self._trained, teacher, weights=weights)
 
     def onload(self, *, optimizer: bool = True) -> None:
         """See TrainEngine."""

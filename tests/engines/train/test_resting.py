@@ -1,5 +1,5 @@
-"""A rank that offloads between any two verbs trains to the same bits as one that does not. Run on a CPU, where the engine
-itself would leave everything in place: what is moved, and how, does not depend on the device."""
+"""A rank that offloads between any two verbs trains to the same bits as one that does not. Run on a CPU, where the
+engine itself would leave everything in place: what is moved, and how, does not depend on the device."""
 
 from __future__ import annotations
 
