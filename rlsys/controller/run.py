@@ -24,6 +24,7 @@ from rlsys.algorithms.requirements import (
 )
 from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
+from rlsys.cluster.memory import Device, Sizes, check_phases, phases
 from rlsys.cluster.placement import plan
 from rlsys.cluster.session import Placement, Session, connect
 from rlsys.config.assets import bundled_model
@@ -270,6 +271,11 @@ def _groups(
             reference=group(ReferenceGroup) if needs_reference_worker(config) else None,
             critic=group(CriticGroup) if needs_critic(config) else None,
         )
+        if session.nodes == 1 or session.gpus:  # else actors are on hosts that are not known yet
+            device = Device(*groups.trainer.free_and_total())
+            found = phases(config, Sizes.of(inputs.model_folder, inputs.parameters), layout, device)
+            check_phases(found, device, gpus=bool(session.gpus), placement=config.cluster.placement)
+            observers.folder.log_event("memory plan", "bytes at least", free=device.free, **found)
         samplers = groups.rollout.starting(resolved, inputs.max_length)
         if session.gpus:  # vLLM measures the GPU while it starts, and takes what others load meanwhile for its own
             gather(samplers, phase="start", seconds=deadlines.start, stop=stop)

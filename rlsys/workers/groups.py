@@ -329,6 +329,10 @@ class TrainerGroup(_Group):
                 fix=f"set run_root to a folder that every node has, instead of {folder.parent}",
             )
 
+    def free_and_total(self) -> tuple[int, int]:
+        """Bytes of the device of the rank that has least."""
+        return min(self._all("free_and_total", phase="start", what="its memory"))
+
     def measure_peak(self) -> float:
         """FLOP/s of matrix products, all ranks at once."""
         return sum(self._all("measure_peak", phase="start", what="its fastest matrix product"))

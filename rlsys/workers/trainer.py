@@ -26,6 +26,7 @@ from rlsys.batch.versions import WeightVersion
 from rlsys.checkpoint.export import export_hf
 from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
 from rlsys.engines.flops import ModelFlops, matmul_peak
+from rlsys.engines.footprint import free_and_total
 from rlsys.engines.rollout.base import Rest
 from rlsys.engines.storages import used_bytes
 from rlsys.engines.sync.broadcast import Broadcaster, Meeting
@@ -163,6 +164,10 @@ class TrainerWorker(Metered, verbs=_VERBS):
         self._flops = ModelFlops.of(config, *counts, value_head=critic)
         self._model, self._critic = model, critic
         return counts
+
+    def free_and_total(self) -> tuple[int, int]:
+        """Bytes of this rank's GPU, or of its host's memory."""
+        return free_and_total(training_device())
 
     @property
     def _engine(self) -> TrainEngine:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
@@ -17,6 +16,7 @@ from vllm.platforms import current_platform
 from rlsys.config.errors import UserError
 from rlsys.config.sampler import sampler_ranks
 from rlsys.config.schema import VllmRollout
+from rlsys.engines.footprint import free_and_total, gib
 
 _GIB = 2**30
 
@@ -39,14 +39,14 @@ def check_memory(vllm_config: VllmConfig, folder: Path, config: VllmRollout) -> 
         cache = int(config.kv_cache_gib * _GIB)
         if cache < sequence:
             raise UserError(
-                f"a sequence of {length} tokens needs {_gib(sequence)} GiB of KV cache, and it has {_gib(cache)}: "
-                f"{_gib(sequence - cache)} GiB are missing",
+                f"a sequence of {length} tokens needs {gib(sequence)} GiB of KV cache, and it has {gib(cache)}: "
+                f"{gib(sequence - cache)} GiB are missing",
                 where="rollout.kv_cache_gib",
-                fix=f"set rollout.kv_cache_gib={_gib(sequence)} or more, or shorten data.max_response_tokens",
+                fix=f"set rollout.kv_cache_gib={gib(sequence)} or more, or shorten data.max_response_tokens",
             )
         ranks = sampler_ranks(config)  # all of them are on this machine
         _refuse_shortage(
-            (weights + cache) * ranks, psutil.virtual_memory().available, "memory is free", "rollout.kv_cache_gib"
+            (weights + cache) * ranks, free_and_total(torch.device("cpu"))[0], "memory is free", "rollout.kv_cache_gib"
         )
         return
     free, total = torch.cuda.mem_get_info()
@@ -57,8 +57,8 @@ def check_memory(vllm_config: VllmConfig, folder: Path, config: VllmRollout) -> 
 def _refuse_shortage(needed: int, available: int, whose: str, key: str) -> None:
     if needed > available:
         raise UserError(
-            f"the sampler needs {_gib(needed)} GiB for weights and KV cache, and {_gib(available)} GiB {whose}: "
-            f"{_gib(needed - available)} GiB are missing",
+            f"the sampler needs {gib(needed)} GiB for weights and KV cache, and {gib(available)} GiB {whose}: "
+            f"{gib(needed - available)} GiB are missing",
             where=key,
             fix="choose a smaller model, rollout.dtype=bfloat16, rollout.tensor_parallel, or more of the memory",
         )
@@ -86,7 +86,3 @@ def _tensors(folder: Path) -> Iterator[dict[str, Any]]:
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         yield from (entry for name, entry in header.items() if name != "__metadata__")
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / _GIB:.2g}" if nbytes < _GIB else f"{nbytes / _GIB:.1f}"

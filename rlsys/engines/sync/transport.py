@@ -15,7 +15,8 @@ def choose(
     """The transport of a run.
 
     Args:
-        wanted: ``rollout.sync``. ``auto``: inside the GPUs that both are on, memory on one host, NCCL between the GPUs of several, else the object store.
+        wanted: ``rollout.sync``. ``auto``: inside the GPUs that both are on, else memory on one host, NCCL between the
+            GPUs of several, else the object store.
         one_host: whether every sampler can open trainer rank 0's memory.
         gpus: whether trainer and samplers have GPUs.
         vllm: whether the samplers are vLLM's.
