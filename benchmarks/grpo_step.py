@@ -10,7 +10,7 @@ a long tail: 16 of the 512 words end a response, so lengths are geometric with m
 Each side is a process that trains a window of steps, waits while the other trains its own, and so on: start-up and
 the first window do not count, and whatever else the machine does meets both. A ratio is the median over windows.
 
-TRL first tries its samplers (``generate`` and continuous batching of transformers) and sizes of the micro-batch, two
+TRL first tries its samplers (``generate`` and continuous batching of transformers) and sizes of the micro-batch, three
 steps each, and goes on with the fastest.
 """
 
@@ -103,19 +103,21 @@ MICRO_BATCHES = (16, 64, 256)  # rows that TRL trains on at once
 
 
 def settings_of_trl(model: Path, load: Workload, arguments: Any, work: Path) -> dict[tuple[str, int], float]:
-    """Seconds of TRL's second step by its sampler and rows of a micro-batch, the fastest first."""
+    """Seconds of TRL's second and third step by its sampler and rows of a micro-batch, the fastest first."""
     found: dict[tuple[str, int], float] = {}
 
     def attempt(sampler: str, rows: int) -> None:
         task = Task(load, model, work / f"try-{sampler}-{rows}", arguments.threads, sampler, rows)
-        side = Side(run_trl, task)
+        side: Side | None = None
         try:
+            side = Side(run_trl, task)
             side.steps(1)
-            found[sampler, rows] = side.steps(1)[0]
+            found[sampler, rows] = side.steps(2)[0]
         except (EOFError, TimeoutError):
             print(f"TRL does not run with {sampler} here")
         finally:
-            side.kill()
+            if side is not None:
+                side.kill()
 
     sizes = [rows for rows in MICRO_BATCHES if rows <= load.prompts * load.samples]
     for rows in sizes[:1] if arguments.quick else sizes:

@@ -217,7 +217,7 @@ class VllmRollout(_Rollout):
 
     kv_cache_gib: size of the KV cache on a CPU.
     gpu_memory_fraction: of the GPU's memory, for weights and KV cache.
-    max_concurrent: sequences that the engine decodes at once.
+    max_concurrent: sequences that the engine decodes at once; null: what its memory has room for.
     tensor_parallel, pipeline_parallel: GPUs (processes, on a CPU) that each layer, and the stack of layers, of one
         sampler is cut over.
     engine_args: passed to vLLM's engine arguments as they are, checked against their names.
@@ -226,7 +226,7 @@ class VllmRollout(_Rollout):
     engine: Literal["vllm"]
     kv_cache_gib: PositiveFloat = 1.0
     gpu_memory_fraction: Fraction = 0.5
-    max_concurrent: Positive = 256
+    max_concurrent: Positive | None = None
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1
     engine_args: dict[str, Any] = field(default_factory=dict)

@@ -6,8 +6,10 @@ from functools import cache
 
 import torch
 
-# The noise of so many (row, token) pairs is made at once, so that it stays in a CPU's cache.
-_ELEMENTS = 1 << 18
+# The noise of so many (row, token) pairs is made at once: on a CPU it then stays in the cache; other devices are kept
+# busy.
+_ELEMENTS = {"cpu": 1 << 18}
+_ELEMENTS_ELSEWHERE = 1 << 27
 
 
 def sample_tokens(
@@ -34,7 +36,7 @@ def sample_tokens(
     """
     tokens = logits.new_empty(len(logits), dtype=torch.int64)
     logprobs = torch.empty_like(temperatures)
-    rows = max(1, _ELEMENTS // logits.shape[-1])
+    rows = max(1, _ELEMENTS.get(logits.device.type, _ELEMENTS_ELSEWHERE) // logits.shape[-1])
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
         p = (logits[part] / temperatures[part, None]).softmax(-1)

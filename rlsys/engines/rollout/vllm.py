@@ -36,7 +36,7 @@ from rlsys.engines.rollout.base import Rest, check_prompt
 from rlsys.engines.rollout.stopping import end_token_ids
 from rlsys.engines.rollout.vllm_args import check_engine_args
 from rlsys.engines.rollout.vllm_environment import core_environment
-from rlsys.engines.rollout.vllm_memory import check_memory
+from rlsys.engines.rollout.vllm_memory import MOST_CONCURRENT, check_memory, concurrent_sequences
 from rlsys.engines.sync.broadcast import Broadcast, Meeting
 from rlsys.engines.sync.buckets import Entry, Parcel
 from rlsys.engines.sync.checksum import Piece, pieces_checksum
@@ -106,6 +106,9 @@ class VllmEngine:
         with core_environment(threads, on_cpu=current_platform.is_cpu(), eager=arguments["enforce_eager"]):
             try:
                 vllm_config = AsyncEngineArgs(**arguments).create_engine_config()
+                if config.max_concurrent is None:
+                    arguments["max_num_seqs"] = concurrent_sequences(vllm_config, Path(model_path), config)
+                    vllm_config = AsyncEngineArgs(**arguments).create_engine_config()
             except (ValueError, TypeError) as error:
                 raise UserError(
                     f"vLLM refuses its arguments: {_reason(error)}",
@@ -304,7 +307,7 @@ def engine_arguments(model_path: str, config: VllmRollout, *, max_length: int, s
         "dtype": config.dtype,
         "seed": seed,
         "max_model_len": max_length,
-        "max_num_seqs": config.max_concurrent,
+        "max_num_seqs": config.max_concurrent or MOST_CONCURRENT[not current_platform.is_cpu()],
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
         "trust_remote_code": False,

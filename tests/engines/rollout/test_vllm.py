@@ -148,3 +148,18 @@ def test_its_processes_end_with_their_owner(end: str, tmp_path: Path) -> None:
     for left in alive:
         left.kill()
     assert not alive
+
+
+def test_how_many_sequences_are_decoded_at_once_follows_from_the_cache(tmp_path: Path) -> None:
+    from vllm import AsyncEngineArgs
+
+    from rlsys.engines.rollout.vllm import engine_arguments
+    from rlsys.engines.rollout.vllm_memory import MOST_CONCURRENT, concurrent_sequences, sequence_bytes
+
+    folder = make_model_folder(tmp_path, max_length=64)
+    arguments = engine_arguments(str(folder), config(), max_length=64, seed=0)
+    vllm_config = AsyncEngineArgs(**arguments).create_engine_config()
+    sequence = sequence_bytes(vllm_config) / 2**30
+    rooms = {room: config(kv_cache_gib=sequence * room) for room in (1.0, 2.5, 1e6)}
+    assert arguments["max_num_seqs"] == MOST_CONCURRENT[0]
+    assert [concurrent_sequences(vllm_config, folder, each) for each in rooms.values()] == [4, 10, MOST_CONCURRENT[0]]
