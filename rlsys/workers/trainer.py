@@ -464,7 +464,7 @@ class TrainerWorker(Metered, verbs=_VERBS):
 
     def weights_index(self, dtype: str) -> list[Entry] | None:
         """Rank 0: name, dtype and shape of every weight, in the order of ``export_weights``. Others: None."""
-        weights = self._engine.export_weights(getattr(torch, dtype))
+        weights = self._engine.export_weights(getattr(torch, dtype), on_device=True)
         index = [Entry.of(name, tensor, 0) for name, tensor in weights]
         return None if self._rank else index
 
@@ -474,7 +474,7 @@ class TrainerWorker(Metered, verbs=_VERBS):
 
     def broadcast_weights(self, dtype: str, index: list[Entry]) -> SentWeights | None:
         """Rank 0 broadcasts the weights that ``index`` lists; every sampler receives meanwhile. Others: None."""
-        weights = self._engine.export_weights(getattr(torch, dtype))
+        weights = self._engine.export_weights(getattr(torch, dtype), on_device=True)
         if self._rank:
             for _ in weights:
                 pass

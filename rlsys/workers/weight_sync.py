@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from rlsys.batch.versions import WeightVersion
 from rlsys.config.sampler import sampled_adapter
 from rlsys.config.schema import RunConfig, VllmRollout
 from rlsys.engines.sync.transport import Transport, choose
 from rlsys.workers.groups import RolloutGroup, TrainerGroup
-from rlsys.workers.weights import SendRequest
+from rlsys.workers.weights import Host, SendRequest
 
 
 class WeightSync:
@@ -59,13 +60,24 @@ class WeightSync:
         return metrics | {"sync/bytes": float(sent.nbytes), "sync/total_s": time.perf_counter() - began}
 
     def _chosen(self) -> Transport:
-        sender, *receivers = [self._trainer.host(), *self._rollout.hosts()]
-        gpus = {gpu for host in self._trainer.hosts() for gpu in host.gpus} if sender.gpus else set()
-        return choose(
-            self._config.sync,
-            one_host=all(receiver.identity == sender.identity for receiver in receivers),
-            # An adapter is small, and vLLM's broadcast is of whole weights.
-            gpus=not self._adapter and all(host.gpu for host in (sender, *receivers)),
-            vllm=isinstance(self._config, VllmRollout),
-            same_gpus=not self._adapter and all(host.gpus and gpus.issuperset(host.gpus) for host in receivers),
-        )
+        place = placement(self._trainer.hosts(), self._rollout.hosts())
+        if self._adapter:  # it is small, and what goes from GPU to GPU is whole weights
+            place |= {"gpus": False, "same_gpus": False}
+        return choose(self._config.sync, vllm=isinstance(self._config, VllmRollout), **place)
+
+
+def placement(trainer: Sequence[Host], samplers: Sequence[Host]) -> dict[str, bool]:
+    """What ``choose`` asks about where things are: ``one_host``, ``gpus``, ``same_gpus``, ``own_gpus``.
+
+    Args:
+        trainer: its ranks, 0 first.
+    """
+    meeting = [trainer[0], *samplers]
+    taken = [gpu for host in meeting for gpu in host.gpus]
+    packing = {place for host in trainer for place in host.places()} if trainer[0].gpus else set()
+    return {
+        "one_host": all(host.identity == trainer[0].identity for host in samplers),
+        "gpus": all(host.gpu for host in meeting),
+        "same_gpus": all(host.gpus and packing.issuperset(host.places()) for host in samplers),
+        "own_gpus": all(host.gpus for host in meeting) and len(set(taken)) == len(taken),
+    }

@@ -1,6 +1,7 @@
 """Weights on their way: what a trainer rank sends, what a sampler's actor opens, and the transport between them.
 
-- ``shared_memory``: rank 0 writes once, samplers on its host map that memory. Rank 0 keeps up to 1 GiB of it.
+- ``shared_memory``: rank 0 writes once, samplers on its host map that memory. Rank 0 keeps it while an eighth
+  of main memory is free.
 - ``object_store``: flat buckets through Ray's object store, fetched one at a time.
 - ``delta``: through the object store, only what changed. Rank 0 keeps a copy of what it sent, each sampler's actor too.
 - ``cuda_ipc``: every rank packs a bucket on its GPU, which the sampler there maps; one bucket after the other, each
@@ -26,7 +27,7 @@ from rlsys.engines.sync.buckets import Entry, Parcel, pack
 from rlsys.engines.sync.checksum import WeightsChecksum
 from rlsys.engines.sync.cuda_ipc import IpcBucket
 from rlsys.engines.sync.delta import DeltaSender, Mirror
-from rlsys.engines.sync.shared_memory import Segment, SharedBucket, host_identity
+from rlsys.engines.sync.shared_memory import Segment, SharedBucket, host_identity, main_memory
 from rlsys.engines.sync.transport import Transport
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -44,6 +45,10 @@ class Host:
     @classmethod
     def here(cls, gpus: Iterable[str] = ()) -> Host:
         return cls(host_identity(), torch.cuda.is_available(), tuple(gpus))
+
+    def places(self) -> set[tuple[str, str]]:
+        """Its GPUs, each with where its memory can be handed over."""
+        return {(self.identity, gpu) for gpu in self.gpus}
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class WeightSender:
     """Rank 0's side, for any transport that the driver asks for."""
 
     def __init__(self) -> None:
-        self._segment = Segment()
+        self._segment = Segment(memory=main_memory)
         self._delta = DeltaSender()
 
     def send(self, weights: Weights, request: SendRequest, held: Mapping[str, bytes] | None = None) -> SentWeights:
@@ -124,7 +129,7 @@ class WeightSender:
         return SentWeights("shared_memory", bucket, checksum.hexdigest(), bucket.nbytes, clock.seconds("write"))
 
     def release(self) -> None:
-        """Called when every sampler has its weights. Little memory is kept for the next update."""
+        """Called when every sampler has its weights. Memory stays for the next update where there is enough."""
         self._segment.let_go()
 
 

@@ -7,7 +7,7 @@ index of names, dtypes and shapes, which the driver has sent ahead.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from rlsys.engines.sync.checksum import WeightsChecksum
 
 BUCKET_BYTES = 256 << 20
 BUCKETS = 2  # one is filled while the other travels
+
+Weights = list[tuple[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class Broadcaster:
         """
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
+        # vLLM pulls the generator in streams of its own, which wait for nothing: the gathers, casts and hashes in it
+        # would read weights that the optimiser, on another stream, is still writing.
+        torch.cuda.synchronize(self._device)
         began, checksum, sizes = time.perf_counter(), WeightsChecksum(), [0]
 
         def on_device() -> Iterator[tuple[str, torch.Tensor]]:
@@ -113,8 +118,24 @@ class Listener:
             iter([(e.name, (list(e.shape), getattr(torch, e.dtype))) for e in index]),
             self._group,
             0,
-            load,
+            settled(load, lambda: torch.cuda.current_stream(self._device).synchronize()),
             buffer_size_bytes=BUCKET_BYTES,
             num_buffers=BUCKETS,
             device=self._device,
         )
+
+
+def settled(load: Callable[[Weights], object], wait: Callable[[], None]) -> Callable[[Weights], None]:
+    """``load``, which returns when its copies are done. vLLM takes turns between two streams, and a layer that two
+    buckets share keeps views of the first, from one stream's memory, until it is copied on the other: that memory must
+    not be taken again before.
+
+    Args:
+        wait: for what was asked of the stream in use.
+    """
+
+    def load_and_wait(weights: Weights) -> None:
+        load(weights)
+        wait()
+
+    return load_and_wait

@@ -113,7 +113,9 @@ class IpcBucket:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Copies, on this process's present GPU; for an engine that lives in the calling process."""
-        return _PROCESS.tensors(self, torch.device("cuda", torch.cuda.current_device()))
+        device = torch.device("cuda", torch.cuda.current_device())
+        yield from _PROCESS.tensors(self, device)
+        torch.cuda.synchronize(device)  # who asks for the next bucket lets another process write over this one
 
 
 class IpcSender:

@@ -7,17 +7,36 @@ what ``host_identity`` compares.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from rlsys.engines.footprint import free_and_total, gib
 from rlsys.engines.sync.buckets import Entry, aligned
 
-KEPT_BYTES = 1 << 30  # memory up to this stays with the sender: taking new pages costs more time than the copy
+_LOG = logging.getLogger(__name__)
+FREE_SHARE = 0.125  # of main memory: Ray begins to end workers when a twentieth is left
+Memory = Callable[[], tuple[int, int]]  # free and total bytes
+
+
+def main_memory() -> tuple[int, int]:
+    """What the segment is taken from: a file without a name is no part of /dev/shm, and its limit does not hold."""
+    return free_and_total(torch.device("cpu"))
+
+
+def affordable(free: int, total: int) -> bool:
+    """Whether weights that lie in memory may stay there until the next update. Taking new pages costs many times what
+    the copy does, so they do while others have room.
+
+    Args:
+        free: bytes, beside those weights; total: of main memory.
+    """
+    return free >= FREE_SHARE * total
 
 
 @dataclass(frozen=True)
@@ -46,7 +65,7 @@ def _mapping(bucket: SharedBucket) -> mmap.mmap:
     with open(bucket.path, "rb") as file:
         stat = os.fstat(file.fileno())
         key = (stat.st_dev, stat.st_ino, bucket.nbytes)
-        memory = _mapped.get(key)
+        memory = _mapped.pop(key, None)
         if memory is None:
             _mapped.clear()
             # Page tables in one go: touching page after page would take as long as the copy that this saves.
@@ -61,10 +80,12 @@ class Segment:
 
     Args:
         name: shown by the system's tools.
+        memory: what there is of it, asked at each update, to say whether the segment stays; None: it stays.
     """
 
-    def __init__(self, name: str = "rlsys-weights"):
-        self._name = name
+    def __init__(self, name: str = "rlsys-weights", memory: Memory | None = None):
+        self._name, self._available = name, memory
+        self._kept, self._told = True, False
         self._descriptor: int | None = None
         self._memory: mmap.mmap | None = None
         self._size = self._end = 0
@@ -90,13 +111,26 @@ class Segment:
 
     def bucket(self) -> SharedBucket:
         """What has been written, for the receivers."""
+        if self._available is not None:
+            self._kept = self._affordable(*self._available())
         path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
-        return SharedBucket(path, self._end, tuple(self._entries), kept=self._end <= KEPT_BYTES)
+        return SharedBucket(path, self._end, tuple(self._entries), kept=self._kept)
 
     def let_go(self) -> None:
-        """Called when every receiver has its weights: releases what is too much to keep."""
-        if self._end > KEPT_BYTES:
+        """Called when every receiver has its weights: releases the memory unless the bucket said that it is kept."""
+        if not self._kept:
             self.release()
+
+    def _affordable(self, free: int, total: int) -> bool:
+        kept = affordable(free, total)
+        if not kept and not self._told:
+            self._told = True
+            _LOG.warning(
+                "%s GiB of %s are free in main memory: the %s GiB that weights go to the samplers in are given back "
+                "after each update, which makes the next one many times slower",
+                *(gib(nbytes) for nbytes in (free, total, self._end)),
+            )
+        return kept
 
     def release(self) -> None:
         """Gives the memory back to the system once no receiver maps it any more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import subprocess
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsys.engines.sync.checksum import weights_checksum
-from rlsys.engines.sync.shared_memory import Segment, host_identity
+from rlsys.engines.sync.shared_memory import Segment, SharedBucket, _mapped, host_identity
 
 TENSORS = st.lists(
     st.tuples(
@@ -69,3 +70,59 @@ def test_released_memory_is_gone() -> None:
     assert not os.path.exists(bucket.path)
     with pytest.raises(FileNotFoundError):
         list(bucket.tensors())
+
+
+class Changing:
+    """Main memory whose free part changes."""
+
+    def __init__(self, free: int):
+        self.free, self.total = free, 80
+
+    def __call__(self) -> tuple[int, int]:
+        return self.free, self.total
+
+
+def written(segment: Segment) -> SharedBucket:
+    for _ in segment.write([("w", torch.ones(10))]):
+        pass
+    return segment.bucket()
+
+
+@pytest.mark.parametrize(("free", "kept"), [(80, True), (10, True), (9, False), (0, False)])
+def test_the_memory_stays_while_others_have_room(free: int, kept: bool) -> None:
+    """Whatever its own size: an eighth of all must be free beside it."""
+    segment = Segment(memory=Changing(free))
+    bucket = written(segment)
+    segment.let_go()
+    assert bucket.kept is kept is os.path.exists(bucket.path)
+    segment.release()
+
+
+def test_the_same_pages_are_written_again_while_they_are_kept() -> None:
+    memory = Changing(80)
+    segment = Segment(memory=memory)
+    inodes = []
+    for memory.free in (80, 80, 0, 80):
+        inodes.append(os.stat(written(segment).path).st_ino)
+        segment.let_go()
+    assert inodes[0] == inodes[1] == inodes[2] != inodes[3]
+    segment.release()
+
+
+def test_a_receiver_lets_go_of_what_is_not_kept_any_more() -> None:
+    """Though it had kept it mapped before: memory that somebody maps does not go back to the system."""
+    memory = Changing(80)
+    segment = Segment(memory=memory)
+    for memory.free in (80, 0):
+        assert sum(1 for _ in written(segment).tensors()) == 1
+        assert bool(_mapped) is (memory.free > 0)
+        segment.let_go()
+
+
+def test_it_is_said_once_that_memory_is_not_kept(caplog: pytest.LogCaptureFixture) -> None:
+    segment = Segment(memory=Changing(0))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            written(segment)
+            segment.let_go()
+    assert [r.levelname for r in caplog.records if "main memory" in r.message] == ["WARNING"]

@@ -16,9 +16,10 @@ from rlsys.engines.sync.transport import choose
         ({"one_host": True, "gpus": False, "vllm": True}, "shared_memory"),
         ({"one_host": True, "gpus": True, "vllm": True}, "shared_memory"),
         ({"one_host": True, "gpus": True, "vllm": True, "same_gpus": True}, "cuda_ipc"),
-        ({"one_host": False, "gpus": True, "vllm": True, "same_gpus": True}, "nccl"),
-        ({"one_host": False, "gpus": True, "vllm": True}, "nccl"),
-        ({"one_host": False, "gpus": True, "vllm": False}, "object_store"),
+        ({"one_host": False, "gpus": True, "vllm": True, "same_gpus": True}, "cuda_ipc"),
+        ({"one_host": False, "gpus": True, "vllm": True, "own_gpus": True}, "nccl"),
+        ({"one_host": False, "gpus": True, "vllm": True}, "object_store"),
+        ({"one_host": False, "gpus": True, "vllm": False, "own_gpus": True}, "object_store"),
         ({"one_host": False, "gpus": False, "vllm": True}, "object_store"),
     ],
 )
@@ -36,9 +37,11 @@ def test_the_object_store_is_everywhere(wanted: Any) -> None:
     [
         ("shared_memory", {"one_host": False, "gpus": True, "vllm": True}),
         ("nccl", {"one_host": False, "gpus": False, "vllm": True}),
+        ("nccl", {"one_host": False, "gpus": True, "vllm": True}),
+        ("nccl", {"one_host": False, "gpus": True, "vllm": True, "same_gpus": True}),
         ("cuda_ipc", {"one_host": True, "gpus": False, "vllm": True}),
         ("cuda_ipc", {"one_host": True, "gpus": True, "vllm": True}),
-        ("cuda_ipc", {"one_host": False, "gpus": True, "vllm": True, "same_gpus": True}),
+        ("cuda_ipc", {"one_host": False, "gpus": True, "vllm": True, "own_gpus": True}),
     ],
 )
 def test_a_transport_that_cannot_act_is_refused(wanted: Any, place: dict[str, Any]) -> None:
