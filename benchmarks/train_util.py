@@ -3,7 +3,7 @@
     python -m benchmarks.train_util [--quick] [--threads N] [--cpu-time] [--json PATH] [--out docs/results]
 
 Useful FLOPs are those of ``rlsys.engines.flops``: of tokens that are not padding, the backward pass twice the forward
-pass.
+pass. With shared prompts those are counted that are computed; tokens per second count a prompt for every response.
 All sides are timed in turn, matrix products among them. With ``--cpu-time`` it is the process's CPU time that counts
 (one thread only): what to use beside other work.
 """
@@ -120,6 +120,12 @@ def plain_equal(lm: torch.nn.Module, rows: int, length: int) -> Callable[[], Non
     return call
 
 
+def computed(of: FsdpEngine, batch: DataProto, formula: ModelFlops) -> float:
+    """FLOPs of what goes through the model in a pass."""
+    works = [micro.work for micro in of._rows(batch, OBJECTIVE).cut(1, torch.device("cpu"))]
+    return sum(formula.training(work.lengths, work.scored, work.contexts) for work in works)
+
+
 def product(dtype: torch.dtype) -> Work:
     left = torch.ones(PEAK_SIDE, PEAK_SIDE, dtype=dtype)
     out = torch.empty_like(left)
@@ -151,7 +157,9 @@ def sides_of(folder: Path, config: Qwen3Config, lengths: Lengths) -> dict[str, W
         "bfloat16 product": product(torch.bfloat16),
         "engine, packed": Work(lambda: exact.forward_backward(batch, OBJECTIVE), useful, tokens),
         "model alone, packed": Work(body, useful, tokens),
-        "engine, shared prompts": Work(lambda: sharing.forward_backward(batch, OBJECTIVE), useful, tokens),
+        "engine, shared prompts": Work(
+            lambda: sharing.forward_backward(batch, OBJECTIVE), computed(sharing, batch, formula), tokens
+        ),
         "engine, padded rows": Work(lambda: padding.forward_backward(batch, OBJECTIVE), useful, tokens),
         "engine, packed, bfloat16": Work(lambda: mixed.forward_backward(batch, OBJECTIVE), useful, tokens),
         "transformers, padded rows": Work(plain_padded(lm, batch), useful, tokens),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from safetensors import safe_open
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rlsys.algorithms.requirements import needs_critic, needs_teacher
 from rlsys.batch import DataProto
@@ -20,6 +20,7 @@ from rlsys.data.base import load_dataset
 from rlsys.data.prompts import PromptEncoder, load_tokenizer
 from rlsys.data.sampler import PromptStream, held_out_batch
 from rlsys.engines.rollout.vllm_args import check_engine_args
+from rlsys.engines.rotary import rotation_limit
 from rlsys.engines.train import check_backend
 from rlsys.engines.train.lora import resolve_targets
 from rlsys.environments.base import ENVIRONMENTS
@@ -299,6 +300,8 @@ def _check_heads(config: RunConfig, folders: set[str]) -> None:
 def _check_teacher_length(folder: Path, config: RunConfig) -> None:
     """folder: of the model that is shown the teacher's prompt."""
     limit, longest = _context(folder), config.hints.max_tokens + config.data.max_response_tokens
+    sample = config.data.max_prompt_tokens + config.data.max_response_tokens
+    limit = rotation_limit(AutoConfig.from_pretrained(folder, trust_remote_code=False), sample) or limit
     if limit is not None and longest > limit:
         raise UserError(
             f"a teacher's prompt and the response may take {config.hints.max_tokens} + "

@@ -288,6 +288,7 @@ def _groups(
             total_steps=max(config.steps - warmup, 1) * config.trainer.updates_per_step,
             seed=config.seed,
             distillation=resolved.algorithm.distillation if needs_teacher(config) else None,
+            longest=inputs.max_length,
         )
         if groups.critic is not None:
             critic = config.trainer.critic
@@ -297,6 +298,7 @@ def _groups(
                 temperature=config.rollout.temperature,
                 total_steps=config.steps * config.trainer.updates_per_step,
                 seed=config.seed,
+                longest=inputs.max_length,
             )
         others = [*groups.reward.starting(resolved), *(groups.reference.starting(resolved) if groups.reference else [])]
         answers = gather([*samplers, *trainers, *others], phase="start", seconds=deadlines.start, stop=stop)

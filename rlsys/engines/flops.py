@@ -1,7 +1,7 @@
 """Floating-point operations of training a model, and how many this machine can do.
 
 *Model* FLOPs are those that the maths needs, whatever an implementation repeats: a product of a [m, k] and a [k, n]
-matrix is 2·m·k·n, the backward pass twice the forward pass. For a sequence of L tokens, S of which are scored:
+matrix is 2·m·k·n, the backward pass twice the forward pass. For a sequence of L inputs, S tokens of which are scored:
 
     forward  = 2·L·W  +  2·S·H  +  Σ_layers 4·A·P(L)
     training = 3 · forward
@@ -10,7 +10,9 @@ W are the weights that every token is multiplied with (all but embedding and hea
 through), H those of the head, A = heads · head size, and P(L) the (query, key) pairs: L·(L+1)/2, or with a sliding
 window w those that lie inside it. Norms, softmax and activations are left out, as is the custom (PaLM, arXiv
 2204.02311, appendix B). Recomputed activations and passes without gradient (old log-probs, teachers, references) count
-nothing. Of frozen weights (those that an adapter is put beside) there is no gradient: their products count twice the
+nothing. A prompt that several responses share in a micro-batch is an input once: it is a sequence of
+its own, and a response of L inputs behind C tokens of it has P(C + L) − P(C) pairs.
+Of frozen weights (those that an adapter is put beside) there is no gradient: their products count twice the
 forward pass and not three times.
 """
 
@@ -18,10 +20,30 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class Work:
+    """What goes through a model in training.
+
+    lengths: [n] inputs of each sequence, without padding. contexts: [n] tokens that it sees in front of its own, which
+    are inputs of another. scored: tokens that go through the head.
+    """
+
+    lengths: torch.Tensor
+    contexts: torch.Tensor
+    scored: int
+
+    @classmethod
+    def joined(cls, parts: Sequence[Work]) -> Work:
+        none = torch.zeros(0, dtype=torch.int64)
+        lengths, contexts = (torch.cat([none, *(getattr(p, f) for p in parts)]) for f in ("lengths", "contexts"))
+        return cls(lengths, contexts, sum(part.scored for part in parts))
 
 
 @dataclass(frozen=True)
@@ -54,15 +76,17 @@ class ModelFlops:
         some = None if trained is None or trained == parameters else trained
         return cls(weights, head, heads * head_size, _windows(config, layers), some)
 
-    def training(self, lengths: torch.Tensor, scored: int) -> float:
+    def training(self, lengths: torch.Tensor, scored: int, contexts: torch.Tensor | None = None) -> float:
         """Of forward and backward pass over sequences of these lengths [B], ``scored`` of whose tokens in all go
-        through the head."""
+        through the head. contexts: as Work has them; None: all 0."""
         lengths = lengths.double()
+        contexts = torch.zeros_like(lengths) if contexts is None else contexts.double()
         tokens = float(lengths.sum())
         products = 2.0 * self.weights * tokens + 2.0 * self.head * scored
         attention = 0.0
         for window, layers in self.windows:
-            attention += 4.0 * self.attention * layers * float(_pairs(lengths, window).sum())
+            pairs = _pairs(contexts + lengths, window) - _pairs(contexts, window)
+            attention += 4.0 * self.attention * layers * float(pairs.sum())
         gradients = products if self.trained is None else 2.0 * self.trained * tokens
         return 2.0 * products + gradients + 3.0 * attention
 

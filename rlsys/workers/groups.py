@@ -258,6 +258,7 @@ class ReferenceGroup(_Group):
                 config.trainer,
                 temperature=config.rollout.temperature,
                 threads=a.spec.threads,
+                longest=config.data.max_prompt_tokens + config.data.max_response_tokens,
                 what="loading the reference",
             )
             for a in self._actors
@@ -287,6 +288,7 @@ class TrainerGroup(_Group):
         total_steps: int,
         seed: int,
         distillation: DistillationConfig | None = None,
+        longest: int | None = None,
     ) -> list[Call]:
         """Ranks meet and load.
 
@@ -294,6 +296,7 @@ class TrainerGroup(_Group):
             temperature: of the sampler (1 for supervised training).
             total_steps: optimiser steps that the schedule spans.
             distillation: the teacher that the objective will ask for; None: none.
+            longest: as ``load_engine`` takes it.
         """
         address = self._gather([self._actors[0].call("address", what="its address")], "start")[0]
         return [
@@ -309,6 +312,7 @@ class TrainerGroup(_Group):
                 collective_timeout_s=self._deadlines.train,
                 distillation=distillation,
                 critic=self.role == "critic",
+                longest=longest,
                 what=f"loading the {self.role}",
             )
             for a in self._actors

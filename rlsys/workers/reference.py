@@ -10,8 +10,16 @@ from rlsys.tracking.meter import Metered
 
 
 class ReferenceWorker(Metered, verbs=("logprobs",)):
-    def start(self, model: ModelConfig, trainer: TrainerConfig, *, temperature: float, threads: int) -> None:
-        self._engine = ReferenceEngine.load(model, trainer, temperature=temperature, threads=threads)
+    def start(
+        self,
+        model: ModelConfig,
+        trainer: TrainerConfig,
+        *,
+        temperature: float,
+        threads: int,
+        longest: int | None = None,
+    ) -> None:
+        self._engine = ReferenceEngine.load(model, trainer, temperature=temperature, threads=threads, longest=longest)
 
     def logprobs(self, *shards: DataProto) -> tuple[DataProto | int, ...]:
         """The column ``ref_logprobs`` of each shard with rollout columns, and the number of all rows, for who only

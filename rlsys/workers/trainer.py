@@ -134,6 +134,7 @@ class TrainerWorker(Metered, verbs=_VERBS):
         collective_timeout_s: float,
         distillation: DistillationConfig | None = None,
         critic: bool = False,
+        longest: int | None = None,
     ) -> tuple[int, int]:
         """Meets the other ranks and loads the model.
 
@@ -141,6 +142,7 @@ class TrainerWorker(Metered, verbs=_VERBS):
             total_steps: optimiser steps that the schedule spans.
             distillation: the teacher that the objective will ask for; None: none.
             critic: a value model instead of a policy.
+            longest: as ``load_engine`` takes it.
 
         Returns:
             Parameters of the model, and those of them that are trained.
@@ -155,6 +157,7 @@ class TrainerWorker(Metered, verbs=_VERBS):
             seed=seed,
             distillation=distillation,
             critic=critic,
+            longest=longest,
         )
         from transformers import AutoConfig  # takes seconds, and the driver reads this module
 
@@ -399,7 +402,8 @@ class TrainerWorker(Metered, verbs=_VERBS):
                 batch.batch[name] = jagged.from_values(spread, lengths)
             check_columns(batch, (*_sequence_columns(objective), *objective.reads), "objective")
         found = self._engine.forward_backward(batch, objective, channel_gradients=channel_gradients)
-        self.meter.count("flops", _flops(self._flops, batch, objective))
+        work = self._engine.work
+        self.meter.count("flops", self._flops.training(work.lengths, work.scored, work.contexts))
         return _named(found)
 
     def optim_step(self) -> dict[str, float]:
@@ -508,21 +512,6 @@ class TrainerWorker(Metered, verbs=_VERBS):
 
     def close(self) -> None:
         torch.distributed.destroy_process_group()
-
-
-def _flops(model: ModelFlops, batch: DataProto, objective: Objective) -> float:
-    """Of the policy's forward and backward pass over every sequence of these rows that the objective needs."""
-    if not len(batch):
-        return 0.0
-    total, columns = 0.0, batch.batch
-    if "response" in objective.sequences:
-        lengths = jagged.lengths(columns["prompt_ids"]) + jagged.lengths(columns["response_ids"])
-        scored = int(jagged.values(columns["response_mask"]).sum())
-        total += model.training(lengths, scored)
-    for side in {"chosen", "rejected"}.intersection(objective.sequences):
-        scored = int(jagged.values(columns[f"{side}_mask"]).sum())
-        total += model.training(jagged.lengths(columns[f"{side}_ids"]), scored)
-    return total
 
 
 def _sequence_columns(objective: Objective) -> tuple[str, ...]:

@@ -63,3 +63,11 @@ def test_a_value_head_is_one_number_a_token():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_peak_is_measured(dtype):
     assert matmul_peak(dtype, seconds=0.0) > 1e8
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_response_behind_a_shared_prompt_sees_it_and_does_not_count_it_again(window):
+    """Prompt and response of one row make the same pairs, whether they are one sequence or two."""
+    flops = ModelFlops(weights=10, head=5, attention=8, windows=((window, 2),))
+    shared = flops.training(torch.tensor([6, 3, 5]), 8, torch.tensor([0, 6, 6]))
+    assert shared == flops.training(torch.tensor([9, 11]), 8) - flops.training(torch.tensor([6]), 0)

@@ -21,7 +21,7 @@ def unsupported(model: PreTrainedModel) -> str | None:
         return f"the family {config.model_type} is not known to it"
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
         return "some layers have sliding-window attention"
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    rope = model.base_model.rotary_emb.rope_type  # "default" as well where the engine has frozen it
     if rope not in _FIXED_ROPE:
         return f"its position embeddings ({rope}) change with the length"
     if model.get_output_embeddings() is None:

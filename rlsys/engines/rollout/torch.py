@@ -21,6 +21,7 @@ from rlsys.engines.rollout.batching import Continuation, ContinuousBatch, Finish
 from rlsys.engines.rollout.decoder import Decoder, unsupported
 from rlsys.engines.rollout.stopping import end_token_ids
 from rlsys.engines.rollout.whole_batches import WholeBatches
+from rlsys.engines.rotary import freeze_rotation
 from rlsys.engines.storages import Emptied, own, storages, used_bytes
 from rlsys.engines.sync.buckets import Parcel
 from rlsys.engines.sync.checksum import weights_checksum
@@ -73,6 +74,7 @@ class TorchEngine:
         self._model = model.to(device).eval().requires_grad_(False)
         if sleeps:
             own(self._model.parameters())
+        freeze_rotation(self._model, max_length)
         self._model.generation_config = GenerationConfig()  # the folder's own may truncate or penalise
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
         self._max_length = max_length

@@ -39,6 +39,7 @@ def load_engine(
     seed: int,
     distillation: DistillationConfig | None = None,
     critic: bool = False,
+    longest: int | None = None,
 ) -> TrainEngine:
     """This rank's engine of the kind ``trainer.backend``, with the model loaded. The process group is initialised.
 
@@ -48,6 +49,8 @@ def load_engine(
         seed: of the run.
         distillation: the teacher that a channel of the objective asks for; None: none does.
         critic: a value model instead of a policy.
+        longest: prompt and response of the run together, in tokens: what the sampler was started with; None: what the
+            model allows. Models whose positions depend on it (LongRoPE, dynamic NTK) are rotated by it.
 
     Raises:
         UserError: the back end is not installed or cannot do what ``trainer`` says, or the model cannot be used.
@@ -61,6 +64,7 @@ def load_engine(
         seed=seed,
         distillation=distillation,
         critic=critic,
+        longest=longest,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from rlsys.algorithms.objective import Objective
 from rlsys.batch import DataProto
 from rlsys.checkpoint.shards import Shard
+from rlsys.engines.flops import Work
 
 if TYPE_CHECKING:  # it imports transformers, which takes seconds, and the driver reads this module
     from rlsys.engines.train.model import PolicyModel, ValueModel
@@ -23,10 +24,11 @@ if TYPE_CHECKING:  # it imports transformers, which takes seconds, and the drive
 
 class TrainEngine(Protocol):
     """parameter_count: of the whole model, tied weights once; trained_count: of those that are trained, an adapter's or
-    all."""
+    all; work: this rank's of the last ``forward_backward``, each row's once however often it was passed."""
 
     parameter_count: int
     trained_count: int
+    work: Work
 
     def forward(self, batch: DataProto, *, adapter: bool = True) -> DataProto:
         """Log-probs of the response tokens, without gradient.

@@ -16,6 +16,7 @@ from rlsys.algorithms.schedules import multiplier
 from rlsys.batch import DataProto, jagged
 from rlsys.batch.balance import packed_batches
 from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
+from rlsys.engines.flops import Work
 from rlsys.engines.train import state
 from rlsys.engines.train.attention import packs
 from rlsys.engines.train.base import ShardedModel, TrainedModel
@@ -58,6 +59,7 @@ class ShardedEngine(ABC):
         self.parameter_count, self.trained_count = trained.parameter_count, trained.trained_count
         self._sequence = SequenceRanks(trainer.sequence_ranks) if trainer.sequence_ranks > 1 else None
         self._progress, self._finite = state.Progress(), True
+        self.work = Work.joined([])
         self._resting = resting(self._device)
         state.seed_generators(seed, self._rank, 0)
 
@@ -86,6 +88,7 @@ class ShardedEngine(ABC):
         seed: int,
         distillation: DistillationConfig | None = None,
         critic: bool = False,
+        longest: int | None = None,
     ) -> Self:
         """Reads the model and shards it over the initialised process group.
 
@@ -95,6 +98,7 @@ class ShardedEngine(ABC):
             seed: of the run.
             distillation: the teacher that a channel of the objective asks for; None: none does.
             critic: a value model instead of a policy.
+            longest: prompt and response of the run, see ``freeze_rotation``; None: what the model allows.
 
         Raises:
             UserError: the model cannot be used (see ``rlsys.engines.train.model``), or not in this way.
@@ -102,7 +106,7 @@ class ShardedEngine(ABC):
         dtype = getattr(torch, model.dtype)
         held = torch.float32 if model.lora is None else dtype
         check_sequence_ranks(load_config(model), trainer)
-        lm = load_causal_lm(model, held, packing=trainer.rows != "padded")
+        lm = load_causal_lm(model, held, packing=trainer.rows != "padded", longest=longest)
         check_packs(lm, trainer)
         max_length = context_length(lm)
         adapter = None if model.lora is None else add_adapter(lm, model.lora, seed=seed)
@@ -118,7 +122,7 @@ class ShardedEngine(ABC):
             return cls.freeze(other, trainer, dtype, moves=moves)
 
         if distillation is not None:
-            teacher = Teacher.load(distillation, model, policy, shard, temperature=temperature)
+            teacher = Teacher.load(distillation, model, policy, shard, temperature=temperature, longest=longest)
         return cls(
             trained,
             trainer,
@@ -171,7 +175,7 @@ class ShardedEngine(ABC):
         self, rows: RankRows, objective: Objective, prepared: dict[str, Prepared], count: int
     ) -> dict[str, float]:
         """One pass over the rows; the gradient is added up in the parameters."""
-        meter, slots = Meter(), Slots()
+        meter, slots, works = Meter(), Slots(), []
         for micro in self._cut(rows, count):
             output = self._run(micro, objective)
             result = objective.loss(micro.response, output, prepared, micro.token_index)
@@ -179,6 +183,8 @@ class ShardedEngine(ABC):
             self._trained.backward(result.loss + _tie(output))
             meter.add(result)
             slots.add(micro.area, micro.tokens)
+            works.append(micro.work)
+        self.work = Work.joined(works)
         if self._teacher is not None:
             self._teacher.release()
         return meter.reduce() | slots.reduce()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rlsys.engines.flops import Work
 from rlsys.engines.train.attention import Packing
 
 
@@ -39,6 +40,7 @@ class Laid:
     starts: for each piece, where the first token of each of its rows would be in the s·T inputs if all of the row's
         lay together, which those after its shared prompt do.
     ends: for each piece, where the last token of each row's lead is.
+    work: the segments; nothing is scored yet.
     """
 
     input_ids: torch.Tensor
@@ -46,6 +48,7 @@ class Laid:
     tokens: int
     starts: list[torch.Tensor]
     ends: list[torch.Tensor]
+    work: Work
 
     def before(self, piece: int, row: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """Where the input is after which the token comes that is ``place`` tokens behind its row's lead."""
@@ -70,7 +73,9 @@ def padded(pieces: Sequence[Piece], device: torch.device) -> Laid:
         input_ids[matrix_row[row], place] = s.ids[index]
         starts.append(matrix_row * width + s.lead[rows])
         ends.append(starts[-1] - 1)
-    return Laid(input_ids.to(device), None, sum(int(n.sum()) for n in lengths), starts, ends)
+    inputs = torch.cat([n[n > 0] for n in lengths])
+    work = Work(inputs, torch.zeros_like(inputs), 0)
+    return Laid(input_ids.to(device), None, int(inputs.sum()), starts, ends, work)
 
 
 def packed(pieces: Sequence[Piece], device: torch.device, same: torch.Tensor | None = None) -> Laid:
@@ -119,7 +124,8 @@ def packed(pieces: Sequence[Piece], device: torch.device, same: torch.Tensor | N
         contexts = tuple(new[context[kept]].tolist())  # −1 looks at the last, which is −1
     packing = Packing(tuple(inputs[kept].tolist()) or (1,), places[None].to(device), contexts)
     starts, ends = _scored_from(begins, skip, context, leads, inputs)
-    return Laid(ids[None].to(device), packing, count, starts, ends)
+    seen = torch.where(context[kept] >= 0, inputs[context[kept]], 0)
+    return Laid(ids[None].to(device), packing, count, starts, ends, Work(inputs[kept], seen, 0))
 
 
 def _scored_from(

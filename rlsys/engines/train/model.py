@@ -17,6 +17,7 @@ from rlsys.algorithms.logprobs import token_logprobs
 from rlsys.algorithms.objective import DivergencePass
 from rlsys.config.errors import UserError
 from rlsys.config.schema import ModelConfig
+from rlsys.engines.rotary import freeze_rotation
 from rlsys.engines.train.attention import Packing, set_attention
 from rlsys.engines.train.collectives import training_device
 
@@ -140,11 +141,14 @@ def _hidden(body: nn.Module, input_ids: torch.Tensor, packing: Packing | None) -
     return output.last_hidden_state.flatten(0, 1)
 
 
-def load_causal_lm(model: ModelConfig, dtype: torch.dtype, *, packing: bool = False) -> PreTrainedModel:
+def load_causal_lm(
+    model: ModelConfig, dtype: torch.dtype, *, packing: bool = False, longest: int | None = None
+) -> PreTrainedModel:
     """The model at ``model.path`` (a folder or a hub id) on the CPU, in ``dtype``, without dropout, in evaluation mode.
 
     Args:
         packing: with attention over packed rows, if its family allows.
+        longest: see ``freeze_rotation``.
 
     Raises:
         UserError: no such folder, no config, no or incomplete weights, an architecture whose log-probs would be wrong,
@@ -176,14 +180,17 @@ def load_causal_lm(model: ModelConfig, dtype: torch.dtype, *, packing: bool = Fa
             fix="the folder's config.json and its weights do not belong together, or a part of the weights is missing",
         )
     check_head(lm, model.path)
+    freeze_rotation(lm, longest)
     half = getattr(torch, model.dtype)  # of the forward pass, whatever the weights are held in
     set_attention(lm, model.attention, packing=packing, device=training_device(), dtype=half)
     return lm.eval()
 
 
 def context_length(lm: PreTrainedModel) -> int:
-    """Longest prompt and response together that the model's config allows, in tokens."""
-    return getattr(lm.config, "max_position_embeddings", None) or 1 << 30
+    """Longest prompt and response together that the model takes, in tokens: by its config, and as its positions are
+    rotated in this run."""
+    limit: int | None = getattr(lm, "rotation_limit", None)
+    return limit or getattr(lm.config, "max_position_embeddings", None) or 1 << 30
 
 
 def load_config(model: ModelConfig) -> PretrainedConfig:

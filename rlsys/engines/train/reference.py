@@ -22,7 +22,13 @@ class ReferenceEngine:
 
     @classmethod
     def load(
-        cls, model: ModelConfig, trainer: TrainerConfig, *, temperature: float, threads: int | None = None
+        cls,
+        model: ModelConfig,
+        trainer: TrainerConfig,
+        *,
+        temperature: float,
+        threads: int | None = None,
+        longest: int | None = None,
     ) -> ReferenceEngine:
         """Reads the model.
 
@@ -31,13 +37,14 @@ class ReferenceEngine:
             trainer: its token budget and packing count here too.
             temperature: of the sampler; logits are divided by it.
             threads: CPU threads of this process; None: as they are.
+            longest: as ``load_engine`` takes it.
 
         Raises:
             UserError: the model cannot be used (see ``rlsys.engines.train.model``).
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        lm = load_causal_lm(model, getattr(torch, model.dtype), packing=trainer.rows != "padded")
+        lm = load_causal_lm(model, getattr(torch, model.dtype), packing=trainer.rows != "padded", longest=longest)
         policy = PolicyModel(lm, temperature=temperature)
         return cls(policy, trainer, max_length=context_length(lm))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from rlsys.batch import DataProto, jagged
 from rlsys.batch.balance import micro_batches, packed_batches
 from rlsys.batch.columns import COLUMNS
 from rlsys.config.errors import UserError
+from rlsys.engines.flops import Work
 from rlsys.engines.train import layout
 from rlsys.engines.train.attention import Packing
 from rlsys.engines.train.layout import Laid, Sequences, ranges
@@ -70,6 +71,7 @@ class MicroBatch:
     scored: by kind of sequence, which of them are its.
     response: the rows' tokens and columns; token_index: [N] where the response tokens lie in the rank's columns.
     tokens: inputs that are not padding, the teacher's too.
+    work: the policy's inputs, of these rows alone.
     part: the micro-batch is a slice of what several ranks hold together; None: they hold none together.
     """
 
@@ -82,6 +84,7 @@ class MicroBatch:
     teacher: TeacherRows | None
     packing: Packing | None
     tokens: int
+    work: Work
     part: Part | None = None
 
     @property
@@ -279,6 +282,7 @@ class RankRows:
             teacher[0] if teacher is not None else None,
             laid.packing,
             laid.tokens + (teacher[1] if teacher is not None else 0),
+            replace(laid.work, scored=start),
         )
 
     def _pick(

@@ -40,9 +40,11 @@ class Teacher:
         shard: Callable[[PolicyModel, bool], ShardedModel],
         *,
         temperature: float,
+        longest: int | None = None,
     ) -> Teacher:
         """The teacher that ``config`` describes. shard: spreads a model over the ranks; told
-        whether its weights will move.
+        whether its weights will move. longest: as
+        ``load_engine`` takes it.
 
         Raises:
             UserError: the teacher cannot be loaded, or has another vocabulary.
@@ -55,7 +57,7 @@ class Teacher:
         where = model if config.teacher != "model" else ModelConfig(
             path=config.teacher_path or "", dtype=model.dtype, attention=model.attention
         )  # fmt: skip
-        lm = load_causal_lm(where, torch.float32, packing=packs(policy.lm))
+        lm = load_causal_lm(where, torch.float32, packing=packs(policy.lm), longest=longest)
         sizes = [m.get_output_embeddings().out_features for m in (policy.lm, lm)]
         if sizes[0] != sizes[1]:
             raise UserError(

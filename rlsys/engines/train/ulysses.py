@@ -29,8 +29,6 @@ from rlsys.engines.train.attention import Packing, packs
 from rlsys.engines.train.model import PolicyOutput
 from rlsys.engines.train.rows import MicroBatch, TeacherRows
 
-# Rotations that depend on the longest position of a pass, which ranks with other slices see differently.
-_ROTATES_BY_LENGTH = ("dynamic", "longrope")
 _WHERE = "trainer.sequence_ranks"
 _FIELDS = 6  # of a row, as it is told the neighbours
 
@@ -39,7 +37,7 @@ def check_sequence_ranks(config: PretrainedConfig, trainer: TrainerConfig) -> No
     """That ``trainer.sequence_ranks`` can hold a row of this model together; of one alone nothing is asked.
 
     Raises:
-        UserError: rows are padded, the model's heads cannot be divided, or its positions depend on the row's length.
+        UserError: rows are padded, or the model's heads cannot be divided.
     """
     size = trainer.sequence_ranks
     if size > 1 and trainer.rows == "padded":
@@ -56,14 +54,6 @@ def check_sequence_ranks(config: PretrainedConfig, trainer: TrainerConfig) -> No
             where=_WHERE,
             fix=f"choose a divisor of {heads}",
         )
-    kinds = {rope for rope in _rope_types(getattr(text, "rope_parameters", None)) if rope in _ROTATES_BY_LENGTH}
-    if size > 1 and kinds:
-        raise UserError(
-            f"the model's rotary positions ('{kinds.pop()}') depend on the longest row of a pass, which ranks with "
-            "slices of one cannot know",
-            where=_WHERE,
-            fix="leave it out: trainer.activations=recompute saves memory too",
-        )
 
 
 def check_packs(lm: PreTrainedModel, trainer: TrainerConfig) -> None:
@@ -79,14 +69,6 @@ def check_packs(lm: PreTrainedModel, trainer: TrainerConfig) -> None:
             where=_WHERE,
             fix="leave it out: trainer.activations=recompute saves memory too",
         )
-
-
-def _rope_types(parameters: Any) -> set[str]:
-    """Of all kinds of layers."""
-    if not isinstance(parameters, dict):
-        return set()
-    nested = {rope for value in parameters.values() for rope in _rope_types(value)}
-    return nested | {str(parameters[key]) for key in ("rope_type", "type") if isinstance(parameters.get(key), str)}
 
 
 class SequenceRanks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from model_folders import Family, make_model, make_model_folder
+from torch.utils.flop_counter import FlopCounterMode
 from training_batches import composed_batch, process_group, random_batch
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
-from rlsys.algorithms.channels import Distillation, PolicyGradient, Preference, ValueLoss
+from rlsys.algorithms.channels import CrossEntropy, Distillation, PolicyGradient, Preference, ValueLoss
 from rlsys.algorithms.objective import DivergencePass, Objective
 from rlsys.batch import DataProto, jagged
 from rlsys.config.errors import UserError
@@ -21,7 +23,7 @@ from rlsys.config.schema import DistillationConfig, ModelConfig, TrainerConfig
 from rlsys.engines.train.attention import Packing, packs, set_attention, unpackable
 from rlsys.engines.train.fsdp import FsdpEngine
 from rlsys.engines.train.layers import prepare_layers
-from rlsys.engines.train.model import load_causal_lm
+from rlsys.engines.train.model import _hidden, load_causal_lm
 from rlsys.engines.train.reference import ReferenceEngine
 from rlsys.engines.train.rows import RankRows
 
@@ -34,6 +36,7 @@ OBJECTIVE = Objective(
         "preference": (Preference("dpo"), 0.3),
     }
 )
+IMITATION = Objective({"imitation": (CrossEntropy(), 1.0)})
 TEACHER = DistillationConfig(weight=0.5, teacher="ema", teacher_rate=0.3)
 LENGTHS = (7, 3, 3, 12, 1, 9)
 
@@ -285,3 +288,42 @@ def test_compiled_layers_have_the_same_loss_and_gradient(folder: Path) -> None:
     batch, objective = random_batch(), Objective({"policy": (PolicyGradient(), 1.0)})
     plain, compiled = (load(folder, replace(TRAINER, compile=value)) for value in (False, True))
     assert_agree(step(plain, batch, objective), step(compiled, batch, objective))
+
+
+@pytest.mark.parametrize("rows", ["padded", "packed", "shared"])
+def test_the_work_counted_is_what_goes_through_the_model(folder: Path, rows: Any) -> None:
+    """By what torch counts; eager attention computes all pairs of queries and keys, and the formula those in sight."""
+    batch = groups()
+    engine = load(folder, replace(TRAINER, rows=rows, micro_batch_tokens=120))
+    made = engine._rows(batch, IMITATION)
+    micros = list(made.cut(len(made.plan), CPU))
+    lm = engine._model.lm
+    lm.set_attn_implementation("rlsys_eager" if rows != "padded" else "eager")
+    weights = sum(math.prod(p.shape) for name, p in lm.named_parameters() if name.endswith("proj.weight"))
+    for micro in micros:
+        work, counter = micro.work, FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            _hidden(lm.base_model, micro.input_ids, micro.packing)
+        products = 2 * weights * micro.input_ids.numel()
+        if rows == "padded":
+            areas = micro.input_ids.shape[0] * micro.input_ids.shape[1] ** 2
+        else:
+            areas = int((work.lengths * (work.contexts + work.lengths)).sum())
+            assert int(work.lengths.sum()) == micro.input_ids.numel()
+        assert counter.get_total_flops() == products + 4 * 2 * 4 * 32 * areas
+        assert int(work.lengths.sum()) == micro.tokens
+        assert work.scored == len(micro.targets)
+    engine.forward_backward(batch, IMITATION)
+    assert int(engine.work.lengths.sum()) == sum(micro.tokens for micro in micros)
+    assert engine.work.scored == int(jagged.values(batch.batch["response_mask"]).sum())
+    assert (int(engine.work.lengths.sum()) < made.num_inputs) == (rows == "shared")
+
+
+def test_the_gradient_of_each_channel_is_no_more_work(folder: Path) -> None:
+    engine, found = load(folder), []
+    both = Objective({name: OBJECTIVE.channels[name] for name in ("policy", "preference")})
+    for channel_gradients in (False, True):
+        engine.forward_backward(composed_batch(), both, channel_gradients=channel_gradients)
+        found.append(engine.work)
+    assert torch.equal(found[0].lengths.sort().values, found[1].lengths.sort().values)
+    assert found[0].scored == found[1].scored

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,12 @@ from composing import composed, run_config
 from model_folders import make_model_folder
 from safetensors.torch import load_file
 from training_batches import process_group
-from transformers import PretrainedConfig, Qwen3Config
 
 from rlsys.cluster.placement import plan
 from rlsys.config.build import build
 from rlsys.config.errors import UserError
 from rlsys.config.schema import ModelConfig, TrainerConfig
 from rlsys.engines.train import load_engine
-from rlsys.engines.train.ulysses import check_sequence_ranks
 
 HERE = Path(__file__).resolve().parent
 
@@ -137,17 +134,6 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path, options: dict, what: s
     with pytest.raises(UserError, match=what) as error:
         load_engine(model, TrainerConfig(**options), temperature=1.0, total_steps=1, seed=0)
     assert error.value.where == "trainer.sequence_ranks"
-
-
-@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_positions_that_depend_on_the_longest_row_are_refused(rope: str) -> None:
-    config: PretrainedConfig = Qwen3Config(num_attention_heads=4)
-    trainer = TrainerConfig(sequence_ranks=2)
-    check_sequence_ranks(config, trainer)
-    config.rope_parameters = {"full_attention": {"rope_type": rope}, "sliding_attention": {"rope_type": "default"}}
-    with pytest.raises(UserError, match=rope):
-        check_sequence_ranks(config, trainer)
-    check_sequence_ranks(config, replace(trainer, sequence_ranks=1))
 
 
 def test_a_configuration_that_does_not_divide_is_refused_before_anything_starts() -> None:
