@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from rlsys.config.errors import UserError
+from rlsys.engines.train.blocks import block_mask
 
 if TYPE_CHECKING:
     from rlsys.engines.train.ulysses import SequenceRanks
@@ -107,20 +108,7 @@ class Packing:
         """Flex attention's."""
         key = ("blocks", window)
         if key not in self._made:
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            device, total = self.position_ids.device, sum(self.lengths)
-            lengths = torch.tensor(self.lengths, device=device)
-            own = torch.repeat_interleave(torch.arange(len(self.lengths), device=device), lengths)
-            context = torch.full_like(own, -1) if self.contexts is None else torch.tensor(
-                self.contexts, device=device)[own]  # fmt: skip
-            places = self.position_ids[0]
-
-            def sees(batch: Any, head: Any, query: Any, key: Any) -> Any:
-                allowed = ((own[query] == own[key]) & (query >= key)) | (context[query] == own[key])
-                return allowed if window is None else allowed & (places[query] - places[key] < window)
-
-            self._made[key] = create_block_mask(sees, None, None, total, total, device=device)
+            self._made[key] = block_mask(self.lengths, self.position_ids, self.contexts, window)
         return self._made[key]
 
     @property
