@@ -3,7 +3,8 @@ other.
 
     python ranks.py MODEL_FOLDER OUTPUT_FOLDER
 
-Rank 0 of each group writes what it saw: ``<back end>-<ranks>.json`` (metrics), ``….safetensors`` (gradients, weights).
+Rank 0 of each group writes what it saw: ``<back end>-<ranks>.json`` (metrics), ``….safetensors`` (gradients, weights);
+``<back end>-<ranks>-bfloat16.safetensors``: gradients of a forward and backward pass in bfloat16.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from training_batches import composed_batch, free_port, process_group, whole
+from training_batches import composed_batch, free_port, process_group, random_batch, whole
 
 from rlsys.algorithms.channels import Distillation, PolicyGradient, Preference
 from rlsys.algorithms.objective import DivergencePass, Objective
@@ -32,12 +33,20 @@ OBJECTIVE = Objective(
         "preference": (Preference("dpo"), 0.3),
     }
 )
+POLICY = Objective({"policy": (PolicyGradient(kl_coef=0.1, entropy_coef=0.01), 1.0)})
 TEACHER = DistillationConfig(weight=0.5, teacher="ema", teacher_rate=0.3)
 ROWS = 9  # on 4 ranks: 5, 3, 1 and none
 SHARES = {1: [9], 2: [7, 2], 4: [5, 3, 1, 0]}
 BUDGETS = {1: 4000, 2: 130, 4: 130}
 # DeepSpeed numbers the parameters of a process and compares the numbers over ranks: the most ranks come first.
 GROUPS = [(backend, ranks) for ranks in (4, 2, 1) for backend in ("fsdp", "zero3")]
+JOBS = [
+    (backend, ranks, dtype)
+    for ranks in (4, 2, 1)
+    for dtype in ("float32", "bfloat16")
+    for backend in ("fsdp", "zero3")
+    if ranks < 4 or dtype == "float32"
+]
 WRITERS = ("zero3", "fsdp")  # in the order in which their checkpoints are read: the last one is gone on from
 # Whatever spares memory changes no number.
 OPTIONS: dict[tuple[str, int], dict[str, Any]] = {
@@ -122,18 +131,33 @@ def train(backend: str, rank: int, ranks: int, model: Path, output: Path) -> Non
         save_file(kept, output / f"{backend}-{ranks}.safetensors")
 
 
+def halves(backend: str, rank: int, ranks: int, model: Path, output: Path) -> None:
+    """In bfloat16, of two rows: one on each of two ranks, or on one rank one after the other. What a row adds to a
+    gradient is rounded in the same way in both; only how it is added up differs."""
+    batch = random_batch(seed=3, rows=2)
+    longest = int((jagged.lengths(batch.batch["prompt_ids"]) + jagged.lengths(batch.batch["response_ids"])).max())
+    trainer = TrainerConfig(backend=backend, micro_batch_tokens=longest)  # type: ignore[arg-type]
+    config = ModelConfig(path=str(model), dtype="bfloat16")
+    engine: Any = load_engine(config, trainer, temperature=0.7, total_steps=10, seed=0)
+    metrics = engine.forward_backward(batch if ranks == 1 else batch.slice(rank, rank + 1), POLICY)
+    assert metrics["micro_batches"] == 2 / ranks
+    gradient = whole(engine._trained.gradient())
+    if rank == 0:
+        save_file(gradient, output / f"{backend}-{ranks}-bfloat16.safetensors")
+
+
 def run(rank: int, model: Path, output: Path, ports: list[int]) -> None:
     torch.set_num_threads(1)
-    for (backend, ranks), port in zip(GROUPS, ports, strict=True):
+    for (backend, ranks, dtype), port in zip(JOBS, ports, strict=True):
         if rank < ranks:
             with process_group(rank, ranks, port):
-                train(backend, rank, ranks, model, output)
+                (train if dtype == "float32" else halves)(backend, rank, ranks, model, output)
 
 
 def main() -> None:
     # Forked, so that torch and transformers are imported once; nothing here has used a thread before the fork.
     context = multiprocessing.get_context("fork")
-    ports = [free_port() for _ in GROUPS]
+    ports = [free_port() for _ in JOBS]
     arguments = (Path(sys.argv[1]), Path(sys.argv[2]), ports)
     processes = [context.Process(target=run, args=(rank, *arguments), daemon=True) for rank in range(4)]
     for process in processes:

@@ -27,7 +27,7 @@ every_other = pytest.mark.parametrize("group", OTHERS, ids=lambda group: f"{grou
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Group, Run]:
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("ranks")
     # 30 columns of hidden states: on four ranks the last has fewer rows of most weights than the others
     model = make_model_folder(output / "model", "qwen3", tied=False, hidden=30)
@@ -46,6 +46,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Group, Run]:
             os.killpg(leader.pid, signal.SIGKILL)  # the ranks too
             returncode = leader.wait()
     assert returncode == 0, log.read_text()
+    return output
+
+
+@pytest.fixture(scope="module")
+def runs(output: Path) -> dict[Group, Run]:
     return {
         (backend, n): (
             json.loads((output / f"{backend}-{n}.json").read_text()),
@@ -105,3 +110,13 @@ def test_training_goes_on_the_same_way_on_the_other_back_end_and_number_of_ranks
         step = (expected[name] - moved[name]).norm()
         assert step > 0
         assert (weight - expected[name]).norm() <= 1e-3 * step, name
+
+
+@pytest.mark.parametrize("group", [("fsdp", 2), ("zero3", 1), ("zero3", 2)], ids=lambda group: f"{group[0]}-{group[1]}")
+def test_gradients_of_a_bfloat16_pass_are_added_up_in_float32(output: Path, group: Group) -> None:
+    """Over micro-batches, and over ranks. Sums in bfloat16 would be off by 2⁻⁹ of themselves, about 1e-3."""
+    one, other = (load_file(output / f"{backend}-{n}-bfloat16.safetensors") for backend, n in (ONE, group))
+    for name, gradient in other.items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - one[name]).norm() <= 1e-4 * one[name].norm(), name
+        assert (one[name].bfloat16() - one[name]).norm() > 5e-4 * one[name].norm(), name
