@@ -461,9 +461,6 @@ class TrainerGroup(_Group):
     def hosts(self) -> list[Host]:
         return self._all("host", phase="sync", what="its host")
 
-    def host(self) -> Host:
-        return self._first("host", "its host")
-
     def weights_index(self, dtype: str) -> list[Entry]:
         return self._all("weights_index", dtype, phase="sync", what="names of weights")[0]
 
