@@ -276,7 +276,8 @@ With bfloat16 (float32 weights and gradients) the engine does {bf16} × the toke
 products of matrices are {products} × faster. Bars: {SHARE_LIMIT:.0%} of the float32 peak packed,
 {BF16_LIMIT} × with bfloat16.
 
-A shared prompt counts for each of its responses and is computed once: that side can exceed what it computes.
+With shared prompts, tokens per second count a prompt for each of its responses; the share of the peak counts it once
+where it is computed once.
 
 {report.measured(command, "transformers")}
 """
