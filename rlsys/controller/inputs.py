@@ -19,6 +19,7 @@ from rlsys.controller.trial import try_out
 from rlsys.data.base import load_dataset
 from rlsys.data.prompts import PromptEncoder, load_tokenizer
 from rlsys.data.sampler import PromptStream, held_out_batch
+from rlsys.engines.flops import EXPERTS
 from rlsys.engines.rollout.vllm_args import check_engine_args
 from rlsys.engines.rotary import rotation_limit
 from rlsys.engines.train import check_backend
@@ -76,6 +77,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     config = replace(config, model=resolve_targets(replace(config.model, path=str(folder))))
     max_length = config.data.max_prompt_tokens + config.data.max_response_tokens
     _check_length(folder, config)
+    _check_experts(folder, config)
     tokenizer = load_tokenizer(str(folder))
     _check_contexts(config, tokenizer)
     config = _teacher(config, tokenizer)
@@ -320,4 +322,16 @@ def _check_length(folder: Path, config: RunConfig) -> None:
             f"prompt and response may take {max_length} tokens, and the model allows {limit}",
             where="data.max_response_tokens",
             fix=f"shorten data.max_prompt_tokens or data.max_response_tokens to {limit} together",
+        )
+
+
+def _check_experts(folder: Path, config: RunConfig) -> None:
+    """vLLM holds all experts of a layer in one tensor under a name of its own, which new weights are not made to fit."""
+    model = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    experts = max(getattr(model, name, 0) or 0 for name in EXPERTS)
+    if experts > 1 and isinstance(config.rollout, VllmRollout):
+        raise UserError(
+            f"the model has {experts} experts a layer, and new weights of experts cannot be handed to vLLM",
+            where="model.path",
+            fix="choose a dense model",
         )

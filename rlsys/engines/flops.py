@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what models call their number
+
 
 @dataclass(frozen=True)
 class Work:
@@ -109,12 +111,13 @@ def _windows(config: Any, layers: int) -> tuple[tuple[int | None, int], ...]:
 
 def _idle_experts(config: Any) -> int:
     """Weights of the experts that a token does not go through."""
-    experts = next((n for name in ("num_experts", "num_local_experts") if (n := getattr(config, name, None))), 0)
+    experts = next((n for name in EXPERTS if (n := getattr(config, name, None))), 0)
     if not experts:
         return 0
     width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     step, dense = getattr(config, "decoder_sparse_step", 1), getattr(config, "mlp_only_layers", None) or []
-    sparse = sum(1 for i in range(config.num_hidden_layers) if i not in dense and (i + 1) % step == 0)
+    first = getattr(config, "first_k_dense_replace", 0)
+    sparse = sum(1 for i in range(first, config.num_hidden_layers) if i not in dense and (i + 1) % step == 0)
     return sparse * (experts - config.num_experts_per_tok) * 3 * config.hidden_size * width
 
 

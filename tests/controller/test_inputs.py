@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,16 @@ def test_a_model_that_is_not_there_is_said_under_its_own_key(folders: Path, key:
         with pytest.raises(UserError) as error:
             check_inputs(with_model(folders, key, path))
         assert error.value.where.startswith(key)
+
+
+def test_experts_are_refused_where_vllm_would_have_to_take_new_weights_of_them(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "policy")
+    lengths = [f"data.max_prompt_tokens={PROMPT}", f"data.max_response_tokens={RESPONSE}"]
+    overrides = ["eval.every=0", f"model.path={folder}", *lengths]
+    check_inputs(run_config("rollout=vllm", *overrides))
+    config = json.loads((folder / "config.json").read_text())
+    sparse = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    (folder / "config.json").write_text(json.dumps(config | sparse))
+    with pytest.raises(UserError, match="4 experts") as error:
+        check_inputs(run_config("rollout=vllm", *overrides))
+    assert error.value.where == "model.path"

@@ -10,8 +10,8 @@ it, and the hash stays with what was packed: a kernel that an update never reach
 - of a packed kernel, besides: what it answers to a few unit vectors, chosen anew at every packing, is bit for bit those
   columns. Damage to the packed memory in other columns goes unseen, until a later packing asks for them.
 
-Of quantised weights it proves that the tensors which were rounded are the sender's, and nothing about the rounding. It is
-tested on layers of vLLM's that can be rounded on a CPU, not yet run on a GPU.
+Of quantised weights it proves that the tensors which were rounded are the sender's, and nothing about the rounding. It
+is tested on layers of vLLM's that can be rounded on a CPU, not yet run on a GPU.
 """
 
 from __future__ import annotations
