@@ -326,7 +326,7 @@ def _check_length(folder: Path, config: RunConfig) -> None:
 
 
 def _check_experts(folder: Path, config: RunConfig) -> None:
-    """vLLM holds all experts of a layer in one tensor under a name of its own, which new weights are not made to fit."""
+    """vLLM holds the experts of a layer in one tensor with a name of its own, which new weights are not made to fit."""
     model = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     experts = max(getattr(model, name, 0) or 0 for name in EXPERTS)
     if experts > 1 and isinstance(config.rollout, VllmRollout):
