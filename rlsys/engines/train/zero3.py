@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import warnings
@@ -210,6 +211,7 @@ def _initialize(model: nn.Module, config: dict[str, Any], optimizer: torch.optim
     layers = {type(layer) for layer in getattr(model.lm.base_model, "layers", ())}
     if layers:  # gathered as one
         deepspeed.utils.set_z3_leaf_modules(model, list(layers))
+    _partition(model, config)
     parameters = None if optimizer is None else [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=parameters, config=config)
     if isinstance(model, PolicyModel):  # the head's weight is read outside its own module
@@ -217,6 +219,20 @@ def _initialize(model: nn.Module, config: dict[str, Any], optimizer: torch.optim
         for parameter in filter(None.__ne__, (head.weight, head.bias)):
             deepspeed.zero.register_external_parameter(model, parameter)
     return engine
+
+
+def _partition(model: nn.Module, config: dict[str, Any]) -> None:
+    """Cuts one weight after the other, so that the device holds no more than one of them whole: deepspeed.initialize
+    would move all of the model there first. Its weights are of the dtype of the forward pass afterwards."""
+    import deepspeed
+
+    if config["bf16"]["enabled"]:
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.bfloat16()
+    deepspeed.zero.Init(module=model, config_dict_or_path=copy.deepcopy(config))
+    for buffer in model.buffers():  # which are never cut
+        buffer.data = buffer.data.to(training_device())
 
 
 def _config(model: nn.Module, trainer: TrainerConfig, dtype: torch.dtype) -> dict[str, Any]:
