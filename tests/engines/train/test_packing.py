@@ -297,8 +297,8 @@ def test_the_work_counted_is_what_goes_through_the_model(folder: Path, rows: Any
     engine = load(folder, replace(TRAINER, rows=rows, micro_batch_tokens=120))
     made = engine._rows(batch, IMITATION)
     micros = list(made.cut(len(made.plan), CPU))
-    lm = engine._model.lm
-    lm.set_attn_implementation("rlsys_eager" if rows != "padded" else "eager")
+    model = ModelConfig(path=str(folder), attention="eager")
+    lm = load_causal_lm(model, torch.float32, packing=rows != "padded")  # not spread over ranks
     weights = sum(math.prod(p.shape) for name, p in lm.named_parameters() if name.endswith("proj.weight"))
     for micro in micros:
         work, counter = micro.work, FlopCounterMode(display=False)
