@@ -9,6 +9,7 @@ the model length that it was started with. Here all do: trainer, reference, teac
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from rlsys.config.errors import UserError
@@ -52,6 +53,9 @@ def freeze_rotation(lm: PreTrainedModel, longest: int | None = None) -> None:
             module.rope_type = _FIXED
     if limit is not None:
         lm.rotation_limit = limit
+    if hasattr(config, "original_max_position_embeddings"):
+        # Phi-3's ``generate`` drops its cache where the model would change its rotation, which this one does not.
+        config.original_max_position_embeddings = sys.maxsize
 
 
 def rotation_limit(config: PretrainedConfig, longest: int) -> int | None:

@@ -49,6 +49,7 @@ def make_folder(path: Path, made: PretrainedConfig) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+        model.get_output_embeddings().weight[EOS] = 0.0  # rare, so that some responses are long
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return path
