@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from composing import run_config
@@ -13,11 +14,13 @@ from rlsys.cluster.placement import plan
 from rlsys.config.errors import UserError
 from rlsys.config.schema import KLConfig, RunConfig
 
+composed = cache(run_config)
+
 
 def config(
     ranks: int | None = None, samplers: int = 1, kl: float = 0.0, tensor_parallel: int = 1, placement: str = "shared"
 ) -> RunConfig:
-    base = run_config(f"rollout.tensor_parallel={tensor_parallel}", f"cluster.placement={placement}")
+    base = composed(f"rollout.tensor_parallel={tensor_parallel}", f"cluster.placement={placement}")
     return replace(
         base,
         trainer=replace(base.trainer, ranks=ranks),

@@ -144,7 +144,8 @@ def observed(job: Job) -> Recorder:
 
 def test_a_trained_step_is_written_even_when_what_follows_it_is_interrupted() -> None:
     job = make_job(step=3)
-    job.groups = SimpleNamespace(present=list)  # type: ignore[assignment] # no actors, whose figures would be read
+    nobody = SimpleNamespace(present=list, trainer=None, critic=None, rollout=None)  # no actors to be asked for figures
+    job.groups = nobody  # type: ignore[assignment]
     recorder = observed(job)
     job.begin_step()
     job._unwritten = (EXPERIENCE, np.zeros(len(REWARDS)))  # as the update leaves it; then the sync was interrupted

@@ -158,7 +158,7 @@ def both_engines(bench: Bench) -> None:
 def synced(bench: Bench, *overrides: str) -> tuple[str, SendRequest]:
     """What the trainer is asked to export for a sampler on its host."""
     here = Host("this one", gpu=False)
-    trainer = Actors({"host": lambda: here, "export_weights": lambda *_: SentWeights("object_store", [], "sum", 0)})
+    trainer = Actors({"hosts": lambda: [here], "export_weights": lambda *_: SentWeights("object_store", [], "sum", 0)})
     with bench.job(*overrides, trainer=trainer) as job:
         taken = [TakenWeights("sum", {})]
         job.groups.rollout = Actors({"hosts": lambda: [here], "update_weights": lambda *_: taken})  # type: ignore[assignment]

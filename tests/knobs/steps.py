@@ -89,7 +89,7 @@ class Group(Actors):
     """A worker group that is started without a cluster."""
 
     def __init__(self, *_: Any):
-        super().__init__({"starting": lambda *_, **__: []})
+        super().__init__({"starting": lambda *_, **__: [], "free_and_total": lambda: (1 << 40, 1 << 40)})
 
 
 def started_critic(bench: Bench, *overrides: str) -> FsdpEngine:
@@ -97,7 +97,9 @@ def started_critic(bench: Bench, *overrides: str) -> FsdpEngine:
     inputs = bench.inputs(*overrides)
     session: Any = SimpleNamespace(gpus=0, cores=1, nodes=1)
     display = PlainDisplay(Console(file=io.StringIO()), title="", steps=1)
-    observers: Any = SimpleNamespace(display=display, folder=SimpleNamespace(path=bench.tmp))
+    observers: Any = SimpleNamespace(
+        display=display, folder=SimpleNamespace(path=bench.tmp, log_event=lambda *_, **__: None)
+    )
     with run._groups(inputs.config, session, inputs, StopFlag(), observers, None) as made:
         critic: Any = made.critic
         ((arguments, options),) = critic.given("starting")

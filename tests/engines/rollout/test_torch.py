@@ -228,5 +228,5 @@ def test_what_the_decoder_does_not_know_is_named() -> None:
     model.config.layer_types = ["full_attention", "sliding_attention"]
     assert "sliding" in str(unsupported(model))
     other = make_model("llama")
-    other.config.rope_parameters = {**other.config.rope_parameters, "rope_type": "dynamic"}
+    other.base_model.rotary_emb.rope_type = "dynamic"
     assert "dynamic" in str(unsupported(other))
