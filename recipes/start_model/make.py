@@ -30,7 +30,7 @@ from rlsys.algorithms.objective import Objective
 from rlsys.batch import DataProto, jagged
 from rlsys.cluster.placement import ActorSpec, Plan
 from rlsys.cluster.session import Placement, connect
-from rlsys.config.schema import ArithmeticData, ClusterConfig, DeadlineConfig, ModelConfig, TrainerConfig
+from rlsys.config.schema import ArithmeticData, DeadlineConfig, LocalCluster, ModelConfig, TrainerConfig
 from rlsys.data.arithmetic import Problem, split
 from rlsys.workers.groups import TrainerGroup
 from rlsys.workers.trainer import Slice
@@ -120,7 +120,7 @@ def train(out: Path, steps: int, threads: int, usual: Care = USUAL, origin: Path
             fresh_model(start)
         else:
             shutil.copytree(origin, start, dirs_exist_ok=True)
-        stack.enter_context(connect(ClusterConfig()))
+        stack.enter_context(connect(LocalCluster(kind="local")))
         plan = Plan((ActorSpec("trainer", 0, threads=threads, env={"OMP_NUM_THREADS": str(threads)}),), ())
         group = TrainerGroup(Placement(plan, seconds=60), DeadlineConfig(), StopFlag())
         stack.callback(group.close)

@@ -15,8 +15,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlsys.cluster.placement import ActorSpec, Plan
+from rlsys.config.clusters import ClusterConfig, address_of
 from rlsys.config.errors import UserError
-from rlsys.config.schema import ClusterConfig
 
 _CONNECT_S = 30
 INLINE_BYTES = 16 << 10
@@ -47,17 +47,18 @@ def connect(config: ClusterConfig, *, weights_bytes: int = 0) -> Iterator[Sessio
     Raises:
         UserError: no cluster at ``cluster.address``.
     """
-    local = config.address is None
+    address = address_of(config)
+    local = address is None
     logging.getLogger("ray").setLevel(logging.ERROR)  # importing ray has set it lower
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_gcs_rpc_server_connect_timeout_s", str(_CONNECT_S))
     if local:
         os.environ.setdefault("RAY_max_direct_call_object_size", str(INLINE_BYTES))
     try:
-        if config.address is not None:
-            _probe(config.address)
+        if address is not None:
+            probe(address)
         context = ray.init(
-            address="local" if local else config.address,
+            address="local" if local else address,
             include_dashboard=False if local else None,
             num_cpus=os.cpu_count() if local else None,
             object_store_memory=object_store_bytes(weights_bytes) if local else None,
@@ -69,9 +70,9 @@ def connect(config: ClusterConfig, *, weights_bytes: int = 0) -> Iterator[Sessio
         if local:
             raise
         raise UserError(
-            f"no Ray cluster answers at '{config.address}': {str(error).splitlines()[0]}",
+            f"no Ray cluster answers at '{address}': {str(error).splitlines()[0]}",
             where="cluster.address",
-            fix="start one with `ray start --head`, or leave cluster.address out for one of the run's own",
+            fix="start one with `ray start --head`, or choose cluster=local for one of the run's own",
         ) from error
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -92,7 +93,7 @@ def object_store_bytes(weights_bytes: int) -> int:
     return int(1.5 * weights_bytes) + 2**29
 
 
-def _probe(address: str) -> None:
+def probe(address: str) -> None:
     """Raises OSError where nobody listens at ``host:port``: Ray itself tries again for many minutes. Other forms of
     address (``auto``, ``ray://…``) are Ray's to look up."""
     host, colon, port = address.rpartition(":")

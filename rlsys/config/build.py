@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from rlsys.config import schema
+from rlsys.config import clusters, schema
 from rlsys.config.errors import UserError
 from rlsys.config.ignored import no_teacher
 from rlsys.config.sampler import check_sampler
@@ -109,7 +109,7 @@ _ADAPTER: TypeAdapter[RunConfig] | None = None
 def _adapter() -> TypeAdapter[RunConfig]:
     global _ADAPTER
     if _ADAPTER is None:
-        for cls in vars(schema).values():
+        for cls in (*vars(schema).values(), *vars(clusters).values()):
             if dataclasses.is_dataclass(cls):
                 setattr(cls, "__pydantic_config__", ConfigDict(extra="forbid"))  # noqa: B010 - no declared attribute
         _ADAPTER = TypeAdapter(RunConfig)
@@ -150,7 +150,7 @@ def _describe(error: ErrorDetails) -> tuple[str, str, str | None]:
 def _discriminators() -> list[tuple[str, str]]:
     return [
         (group, get_args(typing.get_type_hints(cls)[tag])[0])
-        for group, tag in (("data", "kind"), ("rollout", "engine"))
+        for group, tag in (("data", "kind"), ("rollout", "engine"), ("cluster", "kind"))
         for cls in variants(typing.get_type_hints(RunConfig, include_extras=True)[group])
     ]
 

@@ -11,7 +11,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlsys.config import schema
+from rlsys.config import clusters, schema
 from rlsys.config.assets import asset
 from rlsys.config.build import defaults, leaves, optional_groups, suggest
 from rlsys.config.errors import UserError
@@ -28,10 +28,16 @@ _GROUPS: dict[str, type] = {
     "trainer": schema.TrainerConfig,
     "algorithm": schema.AlgorithmConfig,
     "hints": schema.HintsConfig,
-    "cluster": schema.ClusterConfig,
+    "cluster/local": clusters.LocalCluster,
+    "cluster/ray": clusters.RayCluster,
+    "cluster/gb10": clusters.Gb10,
+    "cluster/gb10_pair": clusters.Gb10Pair,
+    "cluster/h100_node": clusters.H100Node,
+    "cluster/gpu_pool": clusters.GpuPool,
+    "cluster/gb200_nvl72": clusters.Gb200Nvl72,
     "tracker": schema.TrackerConfig,
 }
-_TAG = {"data": "kind", "rollout": "engine"}
+_TAG = {"data": "kind", "rollout": "engine", "cluster": "kind"}
 _OWN_GROUP = ("model", "data", "reward", "rollout", "trainer", "algorithm", "hints", "cluster", "tracker")
 
 

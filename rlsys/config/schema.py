@@ -3,7 +3,7 @@
 Hydra composes the YAML of ``configs/`` into a plain dictionary; ``rlsys.config.build`` turns it into
 :class:`RunConfig`, checking names, types and ranges. Nothing changes a config after that.
 
-Where a group has variants (``data``, ``rollout``), the field ``kind`` (``engine``) selects the dataclass.
+Where a group has variants (``data``, ``rollout``, ``cluster``), the field ``kind`` (``engine``) selects the dataclass.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-# Strict: a quoted number or a bool in place of a number is an error, not a guess.
-Positive = Annotated[int, Field(gt=0, strict=True)]
-NonNegative = Annotated[int, Field(ge=0, strict=True)]
-Integer = Annotated[int, Field(strict=True)]
-Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-PositiveFloat = Annotated[Float, Field(gt=0)]
-NonNegativeFloat = Annotated[Float, Field(ge=0)]
-Fraction = Annotated[Float, Field(ge=0, le=1)]
-Flag = Annotated[bool, Field(strict=True)]
-Dtype = Literal["float32", "bfloat16"]
+from rlsys.config.clusters import ClusterConfig, LocalCluster
+from rlsys.config.values import (
+    Dtype,
+    Flag,
+    Float,
+    Fraction,
+    Integer,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -539,22 +541,6 @@ class DeadlineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
-    """Where it runs.
-
-    address: of a running Ray cluster (``auto``: the one on this machine); null: a local one for this run.
-    threads: CPU threads of a trainer rank, a sampler or the reference; null: the machine's cores divided by the ranks.
-    placement: of trainer and samplers. ``shared``: on the same GPUs, both loaded all the time; ``colocated``: there
-        they take turns: samplers sleep while the trainer works, and it waits in main memory while they sample;
-        ``disaggregated``: on GPUs (without any: cores) of their own.
-    """
-
-    address: str | None = None
-    threads: Positive | None = None
-    placement: Literal["shared", "colocated", "disaggregated"] = "shared"
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrackerConfig:
     """Who is told about the run, besides its folder.
 
@@ -578,6 +564,8 @@ class RunConfig:
         or the path of a run folder, or of a checkpoint in one.
     steps: training steps in all (a resumed run counts from its beginning).
     seed: of data order, sampling and everything else.
+    submit: the run is handed to the cluster as a job, and this command follows its log; true, or the path of a YAML file
+        in the format of Ray's runtime environments (working_dir, image_uri, env_vars, …).
     """
 
     name: str
@@ -594,8 +582,9 @@ class RunConfig:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: ClusterConfig = field(default_factory=lambda: LocalCluster(kind="local"))
     tracker: TrackerConfig = TrackerConfig()
     run_root: str = "runs"
     resume: str | None = None
     seed: NonNegative = 0
+    submit: Flag | str = False

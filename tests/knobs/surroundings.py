@@ -14,7 +14,8 @@ from experiences import make_experience
 from knobs.table import Actors, Bench, entry
 from rlsys.cluster import session
 from rlsys.cluster.placement import ActorSpec, plan
-from rlsys.config.schema import ClusterConfig, DeadlineConfig
+from rlsys.config.clusters import LocalCluster, RayCluster
+from rlsys.config.schema import DeadlineConfig
 from rlsys.engines.rollout.base import Rest
 from rlsys.tracking.display import PlainDisplay
 from rlsys.tracking.live import LiveDisplay
@@ -105,7 +106,7 @@ def connection(bench: Bench) -> None:
     node = {"Alive": True, "Resources": {}}
     for name, fake in {"init": init, "nodes": lambda: [node], "shutdown": lambda: None}.items():
         bench.monkeypatch.setattr(session.ray, name, fake)
-    for config in (ClusterConfig(), ClusterConfig(address="10.0.0.1:6379")):
+    for config in (LocalCluster(kind="local"), RayCluster(kind="ray", address="10.0.0.1:6379")):
         with session.connect(config):
             pass
     assert [arguments["address"] for arguments in asked] == ["local", "10.0.0.1:6379"]
