@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlsys.cluster.hardware import NODES, POOL_NODES, TRAYS_PER_RACK, Gpu, NodeType, gpu_named, node_type
+from rlsys.cluster.hardware import NODES, POOL_NODES, Gpu, NodeType, gpu_named, node_type
 from rlsys.config.clusters import ClusterConfig, Gb10, Gb10Pair, Gb200Nvl72, GpuPool, H100Node, LocalCluster, RayCluster
 
 DOMAIN_LABEL = "nvidia.com/gpu.clique"
@@ -106,7 +106,7 @@ def expected(config: ClusterConfig) -> Topology:
             nodes = [
                 _of_type(f"rack-{rack:02d}-tray-{tray:02d}", NODES["gb200_tray"], f"rack-{rack:02d}")
                 for rack in range(config.racks)
-                for tray in range(TRAYS_PER_RACK)
+                for tray in range(config.trays)
             ]
         case Gb10() | Gb10Pair() | H100Node():
             count = 2 if isinstance(config, Gb10Pair) else 1

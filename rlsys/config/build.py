@@ -17,6 +17,7 @@ from rlsys.config.errors import UserError
 from rlsys.config.ignored import no_teacher
 from rlsys.config.sampler import check_sampler
 from rlsys.config.schema import RunConfig
+from rlsys.config.values import FOLDED
 
 # Names that users bring from other frameworks, and what they find here.
 _TRUNCATED = (
@@ -50,6 +51,10 @@ def variants(annotation: Any) -> list[type]:
     return [annotation] if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else []
 
 
+def _folded(annotation: Any) -> bool:
+    return FOLDED in getattr(annotation, "__metadata__", ())
+
+
 def leaves(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
     """Dotted names of every config leaf, all variants included."""
     for name, annotation in typing.get_type_hints(cls, include_extras=True).items():
@@ -61,11 +66,11 @@ def leaves(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
 
 
 def optional_groups(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the groups that are off while they are null."""
+    """Dotted names of the groups that may be null: off, or as their defaults say."""
     for name, annotation in typing.get_type_hints(cls, include_extras=True).items():
         for variant in (nested := variants(annotation)):
             yield from optional_groups(variant, f"{prefix}{name}.")
-        if nested and type(None) in get_args(annotation):
+        if nested and (type(None) in get_args(annotation) or _folded(annotation)):
             yield f"{prefix}{name}"
 
 
@@ -75,7 +80,7 @@ def defaults(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls, include_extras=True)
     for f in dataclasses.fields(cls):
         nested = variants(hints[f.name])
-        if f.default is None:  # a group that is off, too
+        if f.default is None or _folded(hints[f.name]):  # a group that is off, too
             result[f.name] = None
         elif len(nested) == 1:
             result[f.name] = defaults(nested[0])
@@ -110,7 +115,7 @@ def _adapter() -> TypeAdapter[RunConfig]:
     global _ADAPTER
     if _ADAPTER is None:
         for cls in (*vars(schema).values(), *vars(clusters).values()):
-            if dataclasses.is_dataclass(cls):
+            if isinstance(cls, type) and dataclasses.is_dataclass(cls):
                 setattr(cls, "__pydantic_config__", ConfigDict(extra="forbid"))  # noqa: B010 - no declared attribute
         _ADAPTER = TypeAdapter(RunConfig)
     return _ADAPTER

@@ -103,12 +103,13 @@ class Gb200Nvl72(_Cluster):
     """Racks of 18 trays with four GB200 each: 72 GPUs are one NVLink domain.
 
     address: as for ``ray``.
-    racks: how many.
+    racks: how many; trays: of each (16 leave two to spare).
     """
 
     kind: Literal["gb200_nvl72"]
     address: str = "auto"
     racks: Positive = 1
+    trays: Annotated[int, Field(ge=1, le=18, strict=True)] = 18
 
 
 ClusterConfig = Annotated[

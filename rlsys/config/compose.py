@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -13,8 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlsys.config import clusters, schema
 from rlsys.config.assets import asset
-from rlsys.config.build import defaults, leaves, optional_groups, suggest
+from rlsys.config.build import build, defaults, leaves, optional_groups, suggest
 from rlsys.config.errors import UserError
+from rlsys.config.ignored import refuse_ignored
 
 _GROUPS: dict[str, type] = {
     "model": schema.ModelConfig,
@@ -55,6 +57,23 @@ def register_schemas() -> None:
     store.store(group="_schema", name="run", node=run, package="_global_")
 
 
+def compose_run(overrides: Sequence[str]) -> schema.RunConfig:
+    """The configuration that ``python -m rlsys.launch OVERRIDES`` runs, checked as there.
+
+    Raises:
+        UserError: a key, a group or a value that is not known, or an override that the combination ignores.
+    """
+    register_schemas()
+    try:
+        with initialize_config_dir(str(asset("configs")), version_base="1.3"):
+            plain = to_plain(compose("config", overrides=open_overrides(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from None
+    config = build(plain)
+    refuse_ignored(config, overridden_keys(overrides))
+    return config
+
+
 def to_plain(config: DictConfig) -> dict[str, Any]:
     """The composed configuration as dictionaries, resolved.
 
@@ -88,7 +107,7 @@ def open_overrides(overrides: Iterable[str]) -> list[str]:
 
     Hydra merges a mapping into the one that is there and refuses new keys. Here ``LEAF={…}`` takes its place (as
     ``~LEAF ++LEAF={…}``), and ``LEAF.KEY=…`` adds or overrides (``++``), so nobody has to know which keys there are
-    already; whoever reads the mapping checks names. A key of a group that is off turns the group on.
+    already; whoever reads the mapping checks names. A key of a group that is null makes it a group.
     """
     known = set(leaves())
     below = tuple(f"{opened}." for opened in (*known, *optional_groups()))

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from rlsys.config.clusters import ClusterConfig, LocalCluster
 from rlsys.config.values import (
+    FOLDED,
     Dtype,
     Flag,
     Float,
@@ -304,7 +305,7 @@ class TrainerConfig:
     max_grad_norm: PositiveFloat = 1.0
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     warmup_steps: NonNegative = 0
-    critic: CriticConfig = CriticConfig()
+    critic: Annotated[CriticConfig, FOLDED] = CriticConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,7 +416,7 @@ class AlgorithmConfig:
     correction: dict[str, dict[str, Any]] = field(default_factory=dict)
     filters: dict[str, dict[str, Any]] = field(default_factory=dict)
     max_refills: NonNegative = 3
-    kl: KLConfig = KLConfig()
+    kl: Annotated[KLConfig, FOLDED] = KLConfig()
     distillation: DistillationConfig = DistillationConfig()
     preference: PreferenceConfig = PreferenceConfig()
 
@@ -564,8 +565,8 @@ class RunConfig:
         or the path of a run folder, or of a checkpoint in one.
     steps: training steps in all (a resumed run counts from its beginning).
     seed: of data order, sampling and everything else.
-    submit: the run is handed to the cluster as a job, and this command follows its log; true, or the path of a YAML file
-        in the format of Ray's runtime environments (working_dir, image_uri, env_vars, …).
+    submit: the run is handed to the cluster as a job, and this command follows its log; true, or the path of a YAML
+        file in the format of Ray's runtime environments (working_dir, image_uri, env_vars, …).
     """
 
     name: str
@@ -577,7 +578,7 @@ class RunConfig:
     trainer: TrainerConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
     hints: HintsConfig = HintsConfig()
-    replay: ReplayConfig = ReplayConfig()
+    replay: Annotated[ReplayConfig, FOLDED] = ReplayConfig()
     guards: GuardsConfig = GuardsConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -106,6 +106,7 @@ def test_bad_values_name_their_key(path: str, value: Any, key: str, says: str) -
     node = raw
     *parents, last = path.split(".")
     for parent in parents:
+        node[parent] = node[parent] or {}  # a group that composes to null
         node = node[parent]
     node[last] = value
     with pytest.raises(UserError) as caught:

@@ -11,7 +11,7 @@ from rlsys.config.assets import asset
 from rlsys.config.build import defaults, leaves, variants
 
 ROW = re.compile(r"\| `([\w.]+)` \| .*? \| (?:`(.*?)`|required) \| \S.* \|")
-CHOSEN_BY_GROUP = {"data.kind", "rollout.engine"}
+CHOSEN_BY_GROUP = {"data.kind", "rollout.engine", "cluster.kind"}
 
 
 def listed() -> list[tuple[str, Any]]:
@@ -32,13 +32,23 @@ def test_the_defaults_are_those_of_the_schema() -> None:
         }
 
     known = flat(defaults(schema.RunConfig), "")
-    unions = {"data.": variants(schema.DataConfig), "rollout.": variants(schema.RolloutConfig)}
+    unions = {
+        "data.": variants(schema.DataConfig),
+        "rollout.": variants(schema.RolloutConfig),
+        "cluster.": variants(schema.ClusterConfig),
+    }
     allowed: dict[str, list[Any]] = {key: [value] for key, value in known.items()}
     for prefix, classes in unions.items():
         for cls in classes:
             for key, value in flat(defaults(cls), prefix).items():
                 allowed.setdefault(key, []).append(value)
     allowed |= {f"reward.parts.NAME.{key}": [value] for key, value in defaults(schema.RewardPart).items()}
-    allowed |= {f"model.lora.{key}": [value] for key, value in defaults(schema.LoraConfig).items()}
+    for group, cls in {
+        "model.lora": schema.LoraConfig,
+        "trainer.critic": schema.CriticConfig,
+        "algorithm.kl": schema.KLConfig,
+        "replay": schema.ReplayConfig,
+    }.items():
+        allowed |= {f"{group}.{key}": [value] for key, value in defaults(cls).items()}
     wrong = [(key, default) for key, default in listed() if default not in allowed[key]]
     assert not wrong

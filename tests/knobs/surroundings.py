@@ -14,6 +14,8 @@ from experiences import make_experience
 from knobs.table import Actors, Bench, entry
 from rlsys.cluster import session
 from rlsys.cluster.placement import ActorSpec, plan
+from rlsys.cluster.topology import expected
+from rlsys.cluster.unified import sampler_share
 from rlsys.config.clusters import LocalCluster, RayCluster
 from rlsys.config.schema import DeadlineConfig
 from rlsys.engines.rollout.base import Rest
@@ -111,6 +113,28 @@ def connection(bench: Bench) -> None:
             pass
     assert [arguments["address"] for arguments in asked] == ["local", "10.0.0.1:6379"]
     assert [arguments["object_store_memory"] for arguments in asked] == [1 << 29, None]
+
+
+@entry("cluster.nodes", "cluster.gpus_per_node", "cluster.gpu", "cluster.racks", "cluster.trays")
+def shape(bench: Bench) -> None:
+    def there(*overrides: str) -> tuple[int, int, str]:
+        nodes = expected(bench.config(*overrides).cluster).nodes
+        assert nodes[0].gpu is not None
+        return len(nodes), nodes[0].gpus, nodes[0].gpu.name
+
+    assert there("cluster=gpu_pool", "cluster.nodes=3") == (3, 8, "H100")
+    assert there("cluster=gpu_pool", "cluster.nodes=2", "cluster.gpus_per_node=4", "cluster.gpu=B200") == (2, 4, "B200")
+    assert there("cluster=gb200_nvl72") == (18, 4, "GB200")
+    assert there("cluster=gb200_nvl72", "cluster.racks=2", "cluster.trays=16") == (32, 4, "GB200")
+
+
+@entry("cluster.page_cache_gib")
+def page_cache(bench: Bench) -> None:
+    largest = [
+        sampler_share(bench.config("cluster=gb10", f"cluster.page_cache_gib={size}"), {"weights": 20 << 30}, 120 << 30)
+        for size in (16.0, 40.0)
+    ]
+    assert largest == [pytest.approx(0.85 - 20 / 120), pytest.approx((120 - 40 - 20) / 120)]
 
 
 @entry("cluster.threads")
