@@ -11,7 +11,7 @@ import yaml
 
 from rlsys.batch.versions import WeightVersion
 from rlsys.checkpoint.controller_state import ControllerState
-from rlsys.checkpoint.store import Checkpoint, CheckpointStore
+from rlsys.checkpoint.store import CheckpointStore
 from rlsys.config.errors import UserError
 from rlsys.config.schema import RunConfig
 from rlsys.tracking.metrics import read_metrics
@@ -41,10 +41,11 @@ _FREE = (
 
 @dataclass(frozen=True)
 class Origin:
-    """folder: of the run; checkpoint: verified; state: of the controller, in the lineage that now begins."""
+    """folder: of the run; checkpoint: verified, None for its beginning; state: of the controller, in the lineage that
+    now begins."""
 
     folder: RunFolder
-    checkpoint: Path
+    checkpoint: Path | None
     state: ControllerState
 
 
@@ -66,16 +67,34 @@ def find_origin(config: RunConfig) -> Origin | None:
         raise UserError("the run has no checkpoint", where=str(point.run.path), fix="leave resume out for a new run")
     _check_same(config, point.run)
     state = ControllerState.read(checkpoint.path)
-    return Origin(point.run, checkpoint.path, replace(state, lineage=_lineage(point.run, store, checkpoint)))
+    return Origin(point.run, checkpoint.path, replace(state, lineage=_lineage(point.run, store, checkpoint.version)))
 
 
-def _lineage(run: RunFolder, store: CheckpointStore, checkpoint: Checkpoint) -> int:
-    """The checkpoint's lineage, or a new one where the run had gone past it: weights of its later steps may have been
-    used, and must not be taken for those that are now computed."""
+def last_origin(folder: RunFolder, config: RunConfig, beginning: ControllerState) -> Origin:
+    """Where a run whose job broke off goes on, in this same process: its newest checkpoint, or its beginning.
+
+    Args:
+        beginning: the state that the run would begin with.
+
+    Raises:
+        UserError: the newest checkpoint is damaged.
+    """
+    store = CheckpointStore(folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best)
+    checkpoint = store.latest()
+    if checkpoint is None:
+        begun = WeightVersion(beginning.lineage, beginning.step)
+        return Origin(folder, None, replace(beginning, lineage=_lineage(folder, store, begun)))
+    state = ControllerState.read(checkpoint.path)
+    return Origin(folder, checkpoint.path, replace(state, lineage=_lineage(folder, store, checkpoint.version)))
+
+
+def _lineage(run: RunFolder, store: CheckpointStore, version: WeightVersion) -> int:
+    """The lineage of the checkpoint's version, or a new one where the run had gone past it: weights of its later steps
+    may have been used, and must not be taken for those that are now computed."""
     lines = read_metrics(run.metrics) if run.metrics.exists() else []
     last = lines[-1] if lines else {"lineage": 0, "step": 0}
-    newest = max(WeightVersion(last["lineage"], last["step"]), *store.versions())
-    return checkpoint.version.lineage if checkpoint.version >= newest else newest.lineage + 1
+    newest = max([WeightVersion(last["lineage"], last["step"]), *store.versions()])
+    return version.lineage if version >= newest else newest.lineage + 1
 
 
 def _check_same(config: RunConfig, run: RunFolder) -> None:

@@ -6,7 +6,7 @@ import json
 import shlex
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from rlsys.algorithms.requirements import (
 )
 from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
+from rlsys.cluster.departures import NOTICE_S, departed, present
 from rlsys.cluster.memory import Device, Sizes, check_phases, phases
 from rlsys.cluster.placement import plan
 from rlsys.cluster.session import Placement, Session, connect
@@ -37,7 +38,8 @@ from rlsys.controller.inputs import Inputs, check_inputs
 from rlsys.controller.job import Groups, GuardStop, Job, Observers
 from rlsys.controller.loop import train
 from rlsys.controller.profile import Profile
-from rlsys.controller.resume import Origin, find_origin
+from rlsys.controller.recovery import Ending, Restarts
+from rlsys.controller.resume import Origin, find_origin, last_origin
 from rlsys.engines.sync.verify import SyncError
 from rlsys.rewards.budget import RewardBudgetExceeded
 from rlsys.tracking import summary as summaries
@@ -50,7 +52,7 @@ from rlsys.tracking.run import RunFolder
 from rlsys.tracking.secrets import mask
 from rlsys.tracking.trackers import TrackerSet
 from rlsys.workers.groups import CriticGroup, ReferenceGroup, RewardGroup, RolloutGroup, TrainerGroup
-from rlsys.workers.waits import ActorFailed, DeadlineExceeded, StopFlag, StopRequested, gather
+from rlsys.workers.waits import ActorFailed, ActorLost, DeadlineExceeded, StopFlag, StopRequested, gather
 
 FINISHED, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -112,11 +114,29 @@ def _run_in(
         stack.callback(display.close)
         folder.log_event("resume" if origin else "start", f"at step {first} of {config.steps}")
         trackers.start(mask(asdict(config)), folder.path)
-        status, reason, traced = _supervise(config, inputs, origin, observers, stop, overrides, profile)
-        _finish(config, observers, status, reason, overrides)
-        if traced is not None:
-            traced.finish(folder.path, Console(highlight=False))
-        return status
+        ending = _supervise(config, inputs, origin, observers, stop, overrides, profile)
+        restarts = Restarts(first)
+        while restarts.allow(ending):
+            ending = _again(ending, config, observers, stop, overrides, profile)
+        _finish(config, observers, ending.status, ending.reason, overrides)
+        if ending.profile is not None:
+            ending.profile.finish(folder.path, Console(highlight=False))
+        return ending.status
+
+
+def _again(
+    before: Ending, config: RunConfig, observers: Observers, stop: StopFlag, overrides: Sequence[str], profile: bool
+) -> Ending:
+    """The job from its last checkpoint, on the hosts that remain."""
+    inputs = check_inputs(config)
+    origin = last_origin(observers.folder, config, _beginning(inputs))
+    text = f"{before.reason}\ngoing on from step {origin.state.step} with the hosts that remain"
+    observers.folder.log_event("restart", text, step=origin.state.step, lost=list(before.lost))
+    observers.display.note(text, alert=True)
+    try:
+        return _supervise(config, inputs, origin, observers, stop, overrides, profile)
+    except UserError as error:  # with fewer hosts the configuration may no longer fit
+        return Ending(FAILED, f"{before.reason}\nwhat remains cannot go on: {error}", step=origin.state.step)
 
 
 def _supervise(
@@ -127,24 +147,29 @@ def _supervise(
     stop: StopFlag,
     overrides: Sequence[str],
     profile: bool,
-) -> tuple[int, str, Profile | None]:
-    """Runs the job inside its cluster. Returns how it ended, as exit code and words, and the profile if one was asked
-    for.
+) -> Ending:
+    """Runs the job inside its cluster.
 
     Raises:
         UserError: the cluster is not there, too small, or would ignore an override.
     """
-    status, reason = FINISHED, ""
+    status, reason, lost = FINISHED, "", list[str]()
     traced: Profile | None = None
+    resumed = origin.state.step if origin else None
+    step = resumed or 0
     try:
-        resumed = origin.state.step if origin else None
         with ExitStack() as stack:
             session = stack.enter_context(connect(config.cluster, weights_bytes=_sampler_bytes(config, inputs)))
             refuse_ignored_on(session.gpus, overridden_keys(overrides))
             found = f"Ray with {session.cores} CPUs and {session.gpus} GPUs"
             observers.folder.log_event("cluster", found, logs=session.logs)
-            groups = stack.enter_context(_groups(config, session, inputs, stop, observers, resumed))
-            job = _job(config, inputs, origin, observers, stop, groups)
+            hosts = present() if session.nodes > 1 else {}
+            try:
+                groups = stack.enter_context(_groups(config, session, inputs, stop, observers, resumed))
+                job = _job(config, inputs, origin, observers, stop, groups)
+            except (DeadlineExceeded, ActorFailed) as error:
+                lost = _lost(error, hosts, stop)
+                raise
             if profile:
                 job.profile = traced = Profile(groups, sampler_ops=config.rollout.engine == "torch")
             try:
@@ -157,15 +182,26 @@ def _supervise(
                 status, reason = INTERRUPTED, "stopped on request"
                 _last_checkpoint(job)
             except _EXPECTED as error:
-                status, reason = _failure(error), str(error)
+                status, reason, lost = _failure(error), str(error), _lost(error, hosts, stop)
                 for row in getattr(error, "rows", []):  # of a reward budget: what failed, with its sample
                     observers.folder.log_failure({"step": job.state.step + 1, **row})
                 _last_checkpoint(job)
+            step = job.state.step
     except StopRequested:
         status, reason = INTERRUPTED, "stopped on request, before the first step"
     except (DeadlineExceeded, ActorFailed) as error:
         status, reason = FAILED, str(error)
-    return status, reason, traced
+    if lost:
+        reason = f"{reason}\nleft the cluster: {'; '.join(lost)}"
+    return Ending(status, reason, lost, step, traced)
+
+
+def _lost(error: Exception, hosts: Mapping[str, str], stop: StopFlag) -> list[str]:
+    """Hosts that left, where that may be why. Who was connected to a lost host notices before Ray does."""
+    if not isinstance(error, ActorFailed | DeadlineExceeded):
+        return []
+    wait_s = NOTICE_S if isinstance(error, ActorLost) else 0.0
+    return departed(hosts, within_s=wait_s, give_up=lambda: stop.requested_at is not None)
 
 
 def _sampler_bytes(config: RunConfig, inputs: Inputs) -> int:
@@ -207,7 +243,7 @@ def _job(
     config: RunConfig, inputs: Inputs, origin: Origin | None, observers: Observers, stop: StopFlag, groups: Groups
 ) -> Job:
     store = CheckpointStore(observers.folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best)
-    state = origin.state if origin else ControllerState(step=0, lineage=0, data=inputs.prompts.state_dict())
+    state = origin.state if origin else _beginning(inputs)
     job = Job(
         config=config,
         groups=groups,
@@ -225,9 +261,13 @@ def _job(
     groups.trainer.set_objective(objective(config))
     if groups.critic is not None:
         groups.critic.set_objective(critic_objective(config))
-    if origin is not None:
+    if origin is not None and origin.checkpoint is not None:
         job.restore(origin.checkpoint)
     return job
+
+
+def _beginning(inputs: Inputs) -> ControllerState:
+    return ControllerState(step=0, lineage=0, data=inputs.prompts.state_dict())
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from rlsys.config.errors import UserError
 
@@ -25,6 +25,11 @@ class DeadlineExceeded(RuntimeError):
 
 class ActorFailed(RuntimeError):
     """An actor died, or a call on it raised something that is not bad input."""
+
+
+class ActorLost(ActorFailed):
+    """An actor is gone, or an answer of its, or a peer that it was connected to: what a host that left also looks
+    like."""
 
 
 class StopRequested(Exception):
@@ -76,7 +81,7 @@ def as_completed(
 
     Raises:
         DeadlineExceeded: naming every actor that has not answered.
-        ActorFailed: an actor died or raised.
+        ActorFailed: an actor raised; ActorLost: it died, or its connection to another one broke off.
         UserError: an actor refused its input.
         StopRequested: ``stop`` was requested.
     """
@@ -124,11 +129,23 @@ def fetch(call: Call, phase: str, seconds: float, deadline: float) -> Any:
         cause = error.cause
         if isinstance(cause, UserError):
             raise cause from None
-        raise ActorFailed(f"{call.actor} failed in phase '{phase}' ({call.what}):\n{error}") from None
+        failed = ActorLost if _lost_a_peer(cause) else ActorFailed
+        raise failed(f"{call.actor} failed in phase '{phase}' ({call.what}):\n{error}") from None
     except RayActorError as error:
-        raise ActorFailed(f"{call.actor} died in phase '{phase}' ({call.what}): {_first_line(error)}") from error
+        raise ActorLost(f"{call.actor} died in phase '{phase}' ({call.what}): {_first_line(error)}") from error
     except RayError as error:
-        raise ActorFailed(f"{call.actor} was lost in phase '{phase}' ({call.what}): {_first_line(error)}") from error
+        raise ActorLost(f"{call.actor} was lost in phase '{phase}' ({call.what}): {_first_line(error)}") from error
+
+
+_BROKEN_OFF = ("DistBackendError", "DistNetworkError", "DistStoreError")
+
+
+def _lost_a_peer(cause: BaseException) -> bool:
+    """Whether a collective broke off, or what an actor was to fetch is gone with who had it. torch's errors of NCCL and
+    of its store have classes of their own; gloo's names the file that found it out."""
+    if isinstance(cause, RayActorError | ObjectLostError) or type(cause).__name__ in _BROKEN_OFF:
+        return True
+    return "gloo/transport" in str(cause)
 
 
 def _late(calls: list[Call], phase: str, seconds: float) -> str:
