@@ -106,7 +106,8 @@ class ShardedEngine(ABC):
         dtype = getattr(torch, model.dtype)
         held = torch.float32 if model.lora is None else dtype
         check_sequence_ranks(load_config(model), trainer)
-        lm = load_causal_lm(model, held, packing=trainer.rows != "padded", longest=longest)
+        packing, mapped = trainer.rows != "padded", model.lora is None  # an adapter's own weights are made here
+        lm = load_causal_lm(model, held, packing=packing, longest=longest, mapped=mapped)
         check_packs(lm, trainer)
         max_length = context_length(lm)
         adapter = None if model.lora is None else add_adapter(lm, model.lora, seed=seed)

@@ -19,6 +19,7 @@ from rlsys.config.schema import TrainerConfig
 from rlsys.engines.train.base import ShardedModel, TrainedModel
 from rlsys.engines.train.collectives import training_device
 from rlsys.engines.train.engine import ShardedEngine
+from rlsys.engines.train.held import hold
 from rlsys.engines.train.lora import count_parameters, plain_name
 from rlsys.engines.train.model import PREFIX, PolicyModel, ValueModel
 from rlsys.engines.train.optimizer import adamw
@@ -157,8 +158,10 @@ def _shard(model: PolicyModel | ValueModel, trainer: TrainerConfig, dtype: torch
     if trainer.offload == "all":
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=cuda)
     layers = list(getattr(model.lm.base_model, "layers", ()))
-    for layer in layers:
+    for layer in layers:  # a rank holds one whole layer at a time
+        hold(layer.parameters())
         fully_shard(layer, **options)
+    hold(model.parameters())
     fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -20,6 +20,7 @@ from rlsys.config.schema import ModelConfig
 from rlsys.engines.rotary import freeze_rotation
 from rlsys.engines.train.attention import Packing, set_attention
 from rlsys.engines.train.collectives import training_device
+from rlsys.engines.train.held import file_dtype, promise
 
 PREFIX = "lm."  # of the language model's parameter names inside PolicyModel and ValueModel
 
@@ -142,12 +143,18 @@ def _hidden(body: nn.Module, input_ids: torch.Tensor, packing: Packing | None) -
 
 
 def load_causal_lm(
-    model: ModelConfig, dtype: torch.dtype, *, packing: bool = False, longest: int | None = None
+    model: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    packing: bool = False,
+    longest: int | None = None,
+    mapped: bool = False,
 ) -> PreTrainedModel:
     """The model at ``model.path`` (a folder or a hub id) on the CPU, in ``dtype``, without dropout, in evaluation mode.
 
     Args:
         packing: with attention over packed rows, if its family allows.
+        mapped: its weights may be of their file's dtype until ``rlsys.engines.train.held.hold`` is called with them.
         longest: see ``freeze_rotation``.
 
     Raises:
@@ -156,11 +163,13 @@ def load_causal_lm(
     """
     transformers.utils.logging.disable_progress_bar()
     config = load_config(model)
+    folder = Path(model.path).expanduser()
     try:
+        stored = file_dtype(folder) if mapped else None
         lm, report = AutoModelForCausalLM.from_pretrained(
             model.path,
             config=config,
-            dtype=dtype,
+            dtype=stored or dtype,
             attn_implementation="eager",  # what every family has; set_attention says what it gets
             trust_remote_code=False,
             use_safetensors=True,
@@ -180,6 +189,7 @@ def load_causal_lm(
             fix="the folder's config.json and its weights do not belong together, or a part of the weights is missing",
         )
     check_head(lm, model.path)
+    promise(lm, dtype)
     freeze_rotation(lm, longest)
     half = getattr(torch, model.dtype)  # of the forward pass, whatever the weights are held in
     set_attention(lm, model.attention, packing=packing, device=training_device(), dtype=half)

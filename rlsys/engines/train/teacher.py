@@ -57,7 +57,7 @@ class Teacher:
         where = model if config.teacher != "model" else ModelConfig(
             path=config.teacher_path or "", dtype=model.dtype, attention=model.attention
         )  # fmt: skip
-        lm = load_causal_lm(where, torch.float32, packing=packs(policy.lm), longest=longest)
+        lm = load_causal_lm(where, torch.float32, packing=packs(policy.lm), longest=longest, mapped=True)
         sizes = [m.get_output_embeddings().out_features for m in (policy.lm, lm)]
         if sizes[0] != sizes[1]:
             raise UserError(

@@ -19,6 +19,7 @@ from rlsys.config.schema import TrainerConfig
 from rlsys.engines.train.base import ShardedModel, TrainedModel
 from rlsys.engines.train.collectives import training_device
 from rlsys.engines.train.engine import ShardedEngine
+from rlsys.engines.train.held import hold
 from rlsys.engines.train.lora import count_parameters, plain_name
 from rlsys.engines.train.model import PREFIX, PolicyModel, ValueModel
 from rlsys.engines.train.optimizer import adamw
@@ -63,7 +64,8 @@ class Zero3Trained:
         self._added, self._final = False, False
         if exact:  # DeepSpeed makes float32 weights of those that it has rounded
             for name, shard in self.weights().items():
-                shard.fill(exact[name].view(-1)[shard.start : shard.stop])
+                if name in exact:
+                    shard.fill(exact[name].view(-1)[shard.start : shard.stop])
             self.moved()
 
     def weights(self) -> dict[str, Shard]:
@@ -151,9 +153,10 @@ class Zero3Frozen:
         self._engine = _initialize(model, _config(model, trainer, dtype), None)
         self._parameters, device = named, training_device()
         self._held: dict[str, torch.Tensor] = {}
-        for name, whole in exact.items():
-            part = _slice(named[name], named[name].ds_tensor)
-            self._held[name] = whole.view(-1)[part.start : part.stop].to(device, copy=True)
+        for name, parameter in named.items() if moves and dtype != torch.float32 else ():
+            part = _slice(parameter, parameter.ds_tensor)
+            mine = exact[name].view(-1)[part.start : part.stop] if name in exact else part.local
+            self._held[name] = mine.to(device, torch.float32, copy=True)
 
     def weights(self) -> dict[str, Shard]:
         shards = {name: _slice(p, p.ds_tensor) for name, p in self._parameters.items()}
@@ -169,10 +172,10 @@ class Zero3Frozen:
 
 
 def _exact(parameters: dict[str, nn.Parameter], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The float32 weights, where DeepSpeed is going to replace them by those of ``dtype``."""
+    """The float32 weights, where DeepSpeed is going to replace them by others of ``dtype``."""
     if dtype == torch.float32:
         return {}
-    return {name: parameter.detach().to(torch.float32, copy=True) for name, parameter in parameters.items()}
+    return {name: p.detach().to(torch.float32, copy=True) for name, p in parameters.items() if p.dtype != dtype}
 
 
 def _carry_gradient(lm: PreTrainedModel) -> None:
@@ -222,15 +225,22 @@ def _initialize(model: nn.Module, config: dict[str, Any], optimizer: torch.optim
 
 
 def _partition(model: nn.Module, config: dict[str, Any]) -> None:
-    """Cuts one weight after the other, so that the device holds no more than one of them whole: deepspeed.initialize
-    would move all of the model there first. Its weights are of the dtype of the forward pass afterwards."""
+    """Casts and cuts one weight after the other, so that host and device hold no more than one of them whole:
+    deepspeed.initialize would move all of the model there first. Its weights are of the dtype of the forward pass
+    afterwards."""
     import deepspeed
 
-    if config["bf16"]["enabled"]:
+    half = config["bf16"]["enabled"]
+
+    def cast() -> Iterator[nn.Parameter]:
         for parameter in model.parameters():
-            if parameter.is_floating_point():
+            hold([parameter])
+            if half and parameter.is_floating_point():
                 parameter.data = parameter.data.bfloat16()
-    deepspeed.zero.Init(module=model, config_dict_or_path=copy.deepcopy(config))
+            yield parameter
+
+    # Its constructor would do the same with all weights as they are.
+    deepspeed.zero.Init(config_dict_or_path=copy.deepcopy(config))._convert_to_zero_parameters(cast())
     for buffer in model.buffers():  # which are never cut
         buffer.data = buffer.data.to(training_device())
 
