@@ -18,15 +18,29 @@ from rich.text import Text
 from rlsys.config.assets import asset
 from rlsys.config.build import build
 from rlsys.config.compose import explain, open_overrides, overridden_keys, register_schemas, to_plain
-from rlsys.config.errors import UserError
+from rlsys.config.errors import JobFailed, UserError
 from rlsys.config.ignored import refuse_ignored
+from rlsys.config.schema import RunConfig
 
-EXIT_BAD_INPUT, INTERRUPTED = 2, 130
+FAILED, EXIT_BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def show_error(error: UserError) -> None:
     """One short block on standard error; no traceback, which would say nothing to the one who mistyped a key."""
     Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+
+
+def submitted(config: RunConfig, overrides: Sequence[str], *, profile: bool) -> int:
+    """The run as a job of a cluster; its exit code. What can be known to be wrong with it here is said here."""
+    if profile:
+        raise UserError(
+            "a profile is made where its command runs", where="submit", fix="leave submit out, or log in to the cluster"
+        )
+    from rlsys.cluster.submission import submit
+    from rlsys.controller.trial import try_out
+
+    try_out(config)
+    return submit(config, overrides)
 
 
 def main(argv: Sequence[str] | None = None, *, profile: bool = False) -> int:
@@ -47,6 +61,9 @@ def main(argv: Sequence[str] | None = None, *, profile: bool = False) -> int:
             config = build(to_plain(composed))
             overrides = list(HydraConfig.get().overrides.task)
             refuse_ignored(config, overridden_keys(overrides))
+            if config.submit:
+                status = submitted(config, overrides, profile=profile)
+                return
             from rlsys.controller.run import run_job  # torch and Ray only once the configuration is known to be good
 
             status = run_job(config, overrides, profile=profile)
@@ -64,6 +81,11 @@ def main(argv: Sequence[str] | None = None, *, profile: bool = False) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         show_error(explain(error))
         return EXIT_BAD_INPUT
+    except UserError as error:  # of a sweep: its launcher is called by Hydra
+        show_error(error)
+        return EXIT_BAD_INPUT
+    except JobFailed:  # the sweep's table has said which and why
+        return FAILED
     except KeyboardInterrupt:  # a second Ctrl-C, which does not wait for the last checkpoint
         return INTERRUPTED
     finally:

@@ -31,3 +31,7 @@ class UserError(Exception):
 
 def _rebuild(cls: type[UserError], what: str, where: str | None, fix: str | None) -> UserError:
     return cls(what, where=where, fix=fix)
+
+
+class JobFailed(Exception):
+    """A job of a sweep did not finish. The sweep's table has said which and why."""

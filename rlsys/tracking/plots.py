@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")  # Okabe and Ito's
+_LINES = ("-", "--", ":", "-.")  # for more runs than colours
+_LEGEND_INSIDE = 6  # curves; the names of more would cover them
 _NOT_PHASES = {"time/step_s", "time/elapsed_s"}
 _STYLE: dict[str, Any] = {
     "font.size": 9,
@@ -62,17 +64,25 @@ def plot_comparison(runs: Mapping[str, Sequence[Line]], path: Path, title: str =
     def panel(name: str, axes: Axes) -> None:
         metric, scale = named[name]
         axes.set_title(name)
-        for label, steps in runs.items():
+        for number, (label, steps) in enumerate(runs.items()):
             x, y = _series(steps, metric, scale)
-            axes.plot(x, y, label=label, **_marks(x))
-        if axes.get_subplotspec().is_first_row() and axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+            line = _LINES[number // len(_COLOURS) % len(_LINES)]
+            axes.plot(x, y, line, color=_COLOURS[number % len(_COLOURS)], label=label, **_marks(x))
+        if few and axes.get_subplotspec().is_first_row() and axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
             axes.legend(loc="best")
 
-    return _draw(path, title, list(named), panel)
+    few = len(runs) <= _LEGEND_INSIDE
+    return _draw(path, title, list(named), panel, legend=not few)
 
 
-def _draw(path: Path, title: str, panels: Sequence[Any], draw: Callable[[Any, Axes], None]) -> Path:
-    """Lays panels out in two rows and writes the picture."""
+def _draw(
+    path: Path, title: str, panels: Sequence[Any], draw: Callable[[Any, Axes], None], *, legend: bool = False
+) -> Path:
+    """Lays panels out in two rows and writes the picture.
+
+    Args:
+        legend: one for all panels, below them, with the names in the first.
+    """
     import matplotlib
     from cycler import cycler
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -89,6 +99,8 @@ def _draw(path: Path, title: str, panels: Sequence[Any], draw: Callable[[Any, Ax
             axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
             if not axes.has_data():
                 axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="#999999")
+        if legend:
+            figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         if title:
             figure.suptitle(title, fontsize=11)
         with writing("the picture", path):

@@ -1,0 +1,1 @@
+"""Found by Hydra wherever rlsys is installed: the launcher of its sweeps."""
