@@ -22,6 +22,7 @@ from running import SMALL
 from training_batches import process_group
 
 from rlsys.cluster.session import Session
+from rlsys.cluster.topology import one_host
 from rlsys.controller import run as controller
 from rlsys.workers import groups, trainer
 
@@ -55,7 +56,7 @@ class _Handle:
 
 @contextmanager
 def _session(*_: object, **__: object) -> Iterator[Session]:
-    yield Session(gpus=0, cores=1, nodes=1, local=True, logs="")
+    yield Session(one_host(gpus=0, cores=1), local=True, logs="")
 
 
 @contextmanager

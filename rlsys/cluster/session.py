@@ -6,19 +6,24 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray._private.state import available_resources_per_node
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from rlsys.cluster.network import HostLook, chosen, look, network_env
 from rlsys.cluster.placement import ActorSpec, Plan
-from rlsys.config.clusters import ClusterConfig, address_of
+from rlsys.cluster.shape import take_part
+from rlsys.cluster.topology import Node, Topology, found, this_host
+from rlsys.config.clusters import ClusterConfig, Gb10, address_of
 from rlsys.config.errors import UserError
 
 _CONNECT_S = 30
+_LOOK_S = 60  # a host starts a first process for it
 INLINE_BYTES = 16 << 10
 """Larger answers stay in the object store. Ray's own limit of 100 KiB would keep shards of a few samples in the
 driver's memory, and send their tokens on from there."""
@@ -27,14 +32,33 @@ _POLL_S = 0.5
 
 @dataclass(frozen=True)
 class Session:
-    """A live connection. gpus: of all nodes; cores: of the smallest node; nodes: how many; local: started for this run;
-    logs: folder of Ray's own logs on this machine."""
+    """A live connection. topology: the hosts that the run may use; local: started for this run; logs: folder of Ray's
+    own logs on this machine; env: by host, what its actors have in their environment."""
 
-    gpus: int
-    cores: int
-    nodes: int
+    topology: Topology
     local: bool
     logs: str
+    env: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def gpus(self) -> int:
+        return self.topology.gpus
+
+    @property
+    def cores(self) -> int:
+        """Of the smallest host that has any."""
+        return min((node.cores for node in self.topology.nodes if node.cores), default=1)
+
+    @property
+    def nodes(self) -> int:
+        return len(self.topology.nodes)
+
+    def free(self) -> dict[str, int] | None:
+        """By host, GPUs that nobody holds; None: this run alone is here."""
+        if self.local or not self.gpus:
+            return None
+        there = available_resources_per_node()
+        return {node.id: int(there.get(node.id, {}).get("GPU", 0)) for node in self.topology.nodes}
 
 
 @contextmanager
@@ -45,7 +69,7 @@ def connect(config: ClusterConfig, *, weights_bytes: int = 0) -> Iterator[Sessio
         weights_bytes: of one copy of the model in the sampler's dtype, which passes through the object store.
 
     Raises:
-        UserError: no cluster at ``cluster.address``.
+        UserError: no cluster at ``cluster.address``, or not the one that ``cluster.kind`` describes.
     """
     address = address_of(config)
     local = address is None
@@ -54,6 +78,10 @@ def connect(config: ClusterConfig, *, weights_bytes: int = 0) -> Iterator[Sessio
     os.environ.setdefault("RAY_gcs_rpc_server_connect_timeout_s", str(_CONNECT_S))
     if local:
         os.environ.setdefault("RAY_max_direct_call_object_size", str(INLINE_BYTES))
+        if (
+            isinstance(config, Gb10) or this_host().unified
+        ):  # it takes the GPU's memory for the host's, and kills for it
+            os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     try:
         if address is not None:
             probe(address)
@@ -75,16 +103,54 @@ def connect(config: ClusterConfig, *, weights_bytes: int = 0) -> Iterator[Sessio
             fix="start one with `ray start --head`, or choose cluster=local for one of the run's own",
         ) from error
     try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        yield Session(
-            gpus=int(sum(node.get("GPU", 0) for node in nodes)),
-            cores=int(min(node.get("CPU", 1) for node in nodes)),
-            nodes=len(nodes),
-            local=local,
-            logs=str(context.address_info.get("session_dir", "")),
-        )
+        topology = take_part(config, found(ray.nodes()))
+        logs = str(context.address_info.get("session_dir", ""))
+        yield Session(topology, local, logs, _environments(topology))
     finally:
         ray.shutdown()
+
+
+def _environments(topology: Topology) -> dict[str, dict[str, str]]:
+    """By host, what its actors need to reach those of the others."""
+    hosts = [node for nodes in topology.domains().values() for node in nodes]
+    if len(hosts) < 2 and not topology.unified:
+        return {}
+    looks = _looks(hosts)
+    interfaces = chosen(looks, {node.id: node.address for node in hosts}) if len(hosts) > 1 else {}
+    return {
+        node.id: network_env(looks[node.id], interfaces.get(node.id), unified=topology.unified, gpus=topology.gpus > 0)
+        for node in hosts
+    }
+
+
+def _looks(hosts: Sequence[Node]) -> dict[str, HostLook]:
+    """What every host says of itself.
+
+    Raises:
+        UserError: one does not answer.
+    """
+    task = ray.remote(num_cpus=0, max_retries=0)(look)
+    asked = [task.options(scheduling_strategy=_on(node.id)).remote() for node in hosts]
+    _, late = ray.wait(asked, num_returns=len(asked), timeout=_LOOK_S)
+    if late:
+        silent = ", ".join(node.address for node, ref in zip(hosts, asked, strict=True) if ref in late)
+        raise UserError(
+            f"these hosts of the cluster do not start a process within {_LOOK_S} s: {silent}",
+            where="cluster",
+            fix="look at `ray status` and the logs there; rlsys must be installed on every host",
+        )
+    try:
+        return dict(zip((node.id for node in hosts), ray.get(asked), strict=True))
+    except ray.exceptions.RayError as error:
+        raise UserError(
+            f"a host of the cluster cannot run rlsys: {str(error).strip().splitlines()[-1]}",
+            where="cluster",
+            fix="install the same rlsys and Python on every host, or give them with submit=FILE (working_dir)",
+        ) from error
+
+
+def _on(node: str) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def object_store_bytes(weights_bytes: int) -> int:
@@ -107,23 +173,38 @@ class Placement:
     Args:
         seconds: how long to wait for GPUs that others still hold.
         check: called while waiting; raises to end the wait.
+        settle: the plan again, for the hosts that the bundles have landed on; None: there is one host.
 
     Raises:
         UserError: the GPUs were not free in time.
     """
 
-    def __init__(self, plan: Plan, *, seconds: float, check: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        seconds: float,
+        check: Callable[[], None] = lambda: None,
+        settle: Callable[[Sequence[str]], Plan] | None = None,
+    ):
         self.plan = plan
         self._group: PlacementGroup | None = None
         if plan.bundles:
-            self._group = placement_group(list(plan.bundles), strategy="PACK")
+            selectors = list(plan.booking.selectors)
+            self._group = placement_group(
+                list(plan.bundles), strategy="PACK", bundle_label_selector=selectors if any(selectors) else None
+            )
             if not self._booked(self._group, seconds, check):
                 self.release()
+                gpus = sum(bundle["GPU"] for bundle in plan.bundles)
                 raise UserError(
-                    f"{len(plan.bundles)} GPUs were not free within {seconds:g} s",
+                    f"{gpus:g} GPUs were not free within {seconds:g} s",
                     where="cluster",
                     fix="wait for the other jobs, or lower trainer.ranks and rollout.workers",
                 )
+            if settle is not None:
+                landed = placement_group_table(self._group)["bundles_to_node_id"]
+                self.plan = settle([landed[index] for index in range(len(plan.bundles))])
 
     def options(self, actor: ActorSpec) -> dict[str, object]:
         """Ray's options for this actor. CPU shares are not booked: the stages of a step take turns."""
@@ -132,6 +213,8 @@ class Placement:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 self._group, placement_group_bundle_index=actor.bundle
             )
+        elif actor.node is not None:
+            options["scheduling_strategy"] = _on(actor.node)
         return options
 
     @staticmethod

@@ -26,13 +26,15 @@ from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
 from rlsys.cluster.departures import NOTICE_S, departed, present
 from rlsys.cluster.memory import Device, Sizes, check_phases, phases
-from rlsys.cluster.placement import plan
+from rlsys.cluster.placement import assign, place
 from rlsys.cluster.session import Placement, Session, connect
+from rlsys.cluster.unified import check_unified
 from rlsys.config.assets import bundled_model
 from rlsys.config.compose import overridden_keys
 from rlsys.config.errors import UserError
 from rlsys.config.ignored import refuse_ignored_on
 from rlsys.config.schema import RunConfig
+from rlsys.controller.doctor import check_cluster, preflight
 from rlsys.controller.heap import settled_heap
 from rlsys.controller.inputs import Inputs, check_inputs
 from rlsys.controller.job import Groups, GuardStop, Job, Observers
@@ -73,7 +75,7 @@ def run_job(config: RunConfig, overrides: Sequence[str] = (), *, profile: bool =
     Raises:
         UserError: bad input, found before training began.
     """
-    inputs = check_inputs(config)
+    checked = preflight(config)
     origin = find_origin(config)
     if origin is not None and origin.state.step >= config.steps:
         raise UserError(
@@ -83,7 +85,8 @@ def run_job(config: RunConfig, overrides: Sequence[str] = (), *, profile: bool =
         )
     folder = origin.folder if origin else RunFolder.create(Path(config.run_root), config.name, config)
     try:
-        return _run_in(folder, config, inputs, origin, overrides, profile)
+        checked.report.write(folder.path)
+        return _run_in(folder, config, checked.inputs, origin, overrides, profile)
     except UserError:
         if origin is None and not folder.metrics.exists():  # refused before it began: nothing is left behind
             shutil.rmtree(folder.path)
@@ -163,6 +166,8 @@ def _supervise(
             refuse_ignored_on(session.gpus, overridden_keys(overrides))
             found = f"Ray with {session.cores} CPUs and {session.gpus} GPUs"
             observers.folder.log_event("cluster", found, logs=session.logs)
+            if session.nodes > 1:
+                check_cluster(observers.folder.path, stop)
             hosts = present() if session.nodes > 1 else {}
             try:
                 groups = stack.enter_context(_groups(config, session, inputs, stop, observers, resumed))
@@ -281,7 +286,7 @@ def _groups(
 ) -> Iterator[Groups]:
     """Starts every actor, all at once, and ends them all on the way out."""
     deadlines, resolved = config.deadlines, inputs.config
-    layout = plan(config, gpus=session.gpus, cores=session.cores)
+    layout = place(config, session.topology, env=session.env, free=session.free())
     observers.display.start(
         header_rows(
             config,
@@ -296,8 +301,19 @@ def _groups(
     )
     observers.display.phase("start")
     with ExitStack() as stack:
-        placement = Placement(layout, seconds=deadlines.start, check=stop.check)
+        placement = Placement(
+            layout,
+            seconds=deadlines.start,
+            check=stop.check,
+            settle=(lambda landed: assign(config, session.topology, layout.booking, landed, env=session.env))
+            if session.nodes > 1
+            else None,
+        )
         stack.callback(placement.release)
+        if session.nodes > 1:
+            bound = [actor for actor in placement.plan.actors if actor.node is not None]
+            where = {actor.name: session.topology.node(str(actor.node)).address for actor in bound}
+            observers.folder.log_event("placement", f"on {len(set(where.values()))} hosts", **where)
 
         def group(cls: type[Any]) -> Any:
             made = cls(placement, deadlines, stop)
@@ -314,6 +330,8 @@ def _groups(
         if session.nodes == 1 or session.gpus:  # else actors are on hosts that are not known yet
             device = Device(*groups.trainer.free_and_total())
             found = phases(config, Sizes.of(inputs.model_folder, inputs.parameters), layout, device)
+            if session.topology.unified:
+                check_unified(config, found, device.total)
             check_phases(found, device, gpus=bool(session.gpus), placement=config.cluster.placement)
             observers.folder.log_event("memory plan", "bytes at least", free=device.free, **found)
         samplers = groups.rollout.starting(resolved, inputs.max_length)
