@@ -8,7 +8,7 @@ bin=${RLSYS_BIN:-$RLSYS_HOME/.venv/bin}
 start_s=${RLSYS_START_S:-300}
 # Two jobs on one node must not meet: every port that Ray does not choose by itself follows from the job's number.
 port=$((20000 + SLURM_JOB_ID % 4000 * 4))
-temp=/tmp/rlsys-$SLURM_JOB_ID # short: Ray puts sockets into it, whose paths may have 107 characters
+temp=${RLSYS_TEMP:-/tmp}/rlsys-$SLURM_JOB_ID # short: Ray puts sockets into it, whose paths may have 107 characters
 
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$shared/token
 export PATH=$bin:$PATH

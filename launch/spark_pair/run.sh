@@ -13,6 +13,7 @@
 #   RLSYS_CLUSTER   where the run takes place           [cluster=gb10_pair]
 #   RLSYS_ANY_LINK  1: also over a link of less than 100 Gb/s
 #   RLSYS_START_S   seconds that the other may take     [120]
+#   RLSYS_TEMP      folder of each Spark's own, short   [/tmp]
 set -euo pipefail
 
 (($# > 0)) || { sed -n '2,/^set/p' "$0" | sed -n 's/^# \{0,1\}//p' >&2; exit 2; }
@@ -36,10 +37,11 @@ if ((speed < 100000)) && [[ ${RLSYS_ANY_LINK:-0} != 1 ]]; then
 fi
 
 there() { # runs a script from standard input on the other Spark
-  ssh -o BatchMode=yes "$other" bash -s -- "$@"
+  # shellcheck disable=SC2029 # words are quoted here for the shell there
+  ssh -o BatchMode=yes "$other" "bash -s -- ${*@Q}"
 }
 
-state=$(umask 077 && mktemp -d /tmp/rlsys-pair.XXXXXX)
+state=$(umask 077 && mktemp -d "${RLSYS_TEMP:-/tmp}/rlsys-pair.XXXXXX")
 head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' > "$state/token"
 # shellcheck disable=SC2016,SC2329 # a trap calls it, and $1 is for the other host
 end() {
