@@ -167,7 +167,7 @@ def _supervise(
             found = f"Ray with {session.cores} CPUs and {session.gpus} GPUs"
             observers.folder.log_event("cluster", found, logs=session.logs)
             if session.nodes > 1:
-                check_cluster(observers.folder.path, stop)
+                check_cluster(config, session, observers.folder.path, stop)
             hosts = present() if session.nodes > 1 else {}
             try:
                 groups = stack.enter_context(_groups(config, session, inputs, stop, observers, resumed))

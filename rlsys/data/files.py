@@ -15,6 +15,7 @@ from rlsys.config.errors import UserError
 from rlsys.config.schema import FileData
 from rlsys.data.base import Dataset, LazyRows, Message, Row
 from rlsys.data.jsonl import JsonlRows
+from rlsys.data.manifest import data_path
 
 _JSONL = (".jsonl", ".json", ".ndjson")
 _PARQUET = (".parquet", ".pq")
@@ -69,7 +70,7 @@ def make_row(
 
 
 def _read(path: str, config: FileData, part: str, key: str) -> Sequence[Row]:
-    file = Path(path).expanduser()
+    file = data_path(path, where=key)
     if not file.is_file():
         raise UserError(
             f"{'this is a folder, not a file' if file.is_dir() else 'there is no such file'}: {file}",

@@ -12,6 +12,7 @@ from rlsys.config.errors import UserError
 from rlsys.config.schema import GSM8KData
 from rlsys.data.base import Dataset, LazyRows, Row
 from rlsys.data.jsonl import JsonlRows
+from rlsys.data.manifest import data_path
 
 _MARK = "####"
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
@@ -25,7 +26,7 @@ def load_gsm8k(config: GSM8KData) -> Dataset:
     Raises:
         UserError: neither a folder with the two files nor a data set of the hub, or a malformed row.
     """
-    folder = Path(config.path).expanduser()
+    folder = data_path(config.path, where="data.path")
     if folder.is_dir():
         parts = [_from_folder(folder, part, config.instruction) for part in ("train", "test")]
     elif _HUB_ID.fullmatch(config.path):

@@ -17,6 +17,7 @@ from rlsys.config.schema import ReplayConfig
 from rlsys.data.base import Row
 from rlsys.data.files import make_row
 from rlsys.data.jsonl import JsonlRows
+from rlsys.data.manifest import data_path
 from rlsys.data.prompts import PromptEncoder
 from rlsys.data.sampler import DataPosition, PromptOrder
 from rlsys.replay.agreement import State, agreement_pairs
@@ -82,7 +83,7 @@ def load_pairs(
             where="model.path",
             fix="use a model whose tokenizer has one",
         )
-    file = Path(path).expanduser()
+    file = data_path(path, where=key)
     if not file.is_file():
         raise UserError(f"there is no such file: {file}", where=key, fix="give a JSONL file of pairs")
     told, dropped = _told(file, replay)
