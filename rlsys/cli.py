@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 import rlsys
 from rlsys import launch
+from rlsys.cluster import jobs
 from rlsys.config.compose import overridden_keys
 from rlsys.config.errors import UserError
+from rlsys.controller.commands import add_parsers
 from rlsys.launch import EXIT_BAD_INPUT, show_error
 from rlsys.rewards import check
 
@@ -20,6 +22,8 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     reward = commands.add_parser("reward", help="try reward functions without a run")
     check.add_parser(reward.add_subparsers(dest="reward_command", required=True, metavar="COMMAND"))
+    jobs.add_parser(commands)
+    add_parsers(commands)
     profile = commands.add_parser(
         "profile",
         help="run a few steps; write a trace of all actors and print where the time went",
