@@ -63,6 +63,7 @@ def test_a_recipe_s_channels_have_the_weights_of_its_algorithm(recipe: str, chan
 
 def test_the_reward_follows_the_data_unless_another_is_chosen() -> None:
     assert build(composed("data=gsm8k", "data.path=x")).reward.parts["correct"].use == "gsm8k"
+    assert build(composed("data=file", "data.path=x", "reward=code")).reward.parts["correct"].use == "code"
     assert build(composed("data=gsm8k", "data.path=x", "reward=math")).reward.parts["correct"].use == "math_verify"
 
 

@@ -1,0 +1,149 @@
+"""Hostile programs: none gets out, none goes on, none costs more than its limits."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlsys.config.errors import UserError
+from rlsys.rewards.sandbox import Limits, Outcome, check_namespaces, run_program
+
+LIMITS = Limits(seconds=0.9, cpu_seconds=2, memory_mib=128, processes=8, scratch_mib=8, file_mib=4, output_kib=32)
+SLACK_S = 6.0  # on a machine that runs other tests too
+
+
+@pytest.fixture(autouse=True)
+def _sandbox() -> None:
+    try:
+        check_namespaces()
+    except UserError as error:
+        pytest.skip(error.what)
+
+
+class Host:
+    """What a program must not reach: a secret file, a server, a process."""
+
+    def __init__(self, folder: Path):
+        self.secret = folder / "secret.txt"
+        self.secret.write_text("canary", encoding="utf-8")
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.port = self.server.getsockname()[1]
+        self.calls = 0
+        self.victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                self.server.accept()
+            except OSError:
+                return
+            self.calls += 1
+
+    def untouched(self) -> bool:
+        return self.secret.read_text(encoding="utf-8") == "canary" and not self.calls and self.victim.poll() is None
+
+    def close(self) -> None:
+        self.server.close()
+        self.victim.kill()
+        self.victim.wait()
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    found = Host(tmp_path_factory.mktemp("host"))
+    yield found
+    found.close()
+
+
+GOT_OUT = "GOT OUT"
+_SECTIONS = (Path(__file__).parent / "hostile_programs.txt").read_text(encoding="utf-8").split("\n## ")[1:]
+HOSTILE = dict(section.split("\n", 1) for section in _SECTIONS)
+
+
+def run(source: str, host: Host) -> Outcome:
+    filled = (
+        source.replace("SECRET", str(host.secret))
+        .replace("PORT", str(host.port))
+        .replace("VICTIM", str(host.victim.pid))
+        .replace("PROJECT", str(Path(__file__).parents[2]))
+    )
+    return run_program(f"def out(): print({GOT_OUT[:3]!r} + {GOT_OUT[3:]!r})\n{filled}\n", limits=LIMITS)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_program_gets_nowhere(name: str, host: Host) -> None:
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
+    started = time.monotonic()
+    outcome = run(HOSTILE[name], host)
+    assert time.monotonic() - started < LIMITS.seconds + SLACK_S
+    assert GOT_OUT not in outcome.stdout, outcome
+    assert len(outcome.stdout) + len(outcome.stderr) <= 2 * LIMITS.output_kib << 10
+    assert host.untouched()
+    assert {p.pid for p in psutil.Process().children(recursive=True)} <= before, "something outlived its program"
+    assert not Path("/tmp/left").exists()
+
+
+def test_the_next_program_finds_nothing_of_the_last(host: Host) -> None:
+    for _ in range(2):
+        outcome = run("open('/tmp/left', 'x').write('x'); print('alone')", host)
+        assert outcome.stdout == "alone\n", outcome
+
+
+@pytest.mark.parametrize(
+    ("source", "ending"),
+    [
+        ("while True: pass", "timeout"),
+        ("import os\nwhile True: os.fork()", "processes"),
+        (
+            "import os, time\nfor _ in range(4):\n  if os.fork() == 0: break\nx = bytearray(60 << 20); time.sleep(60)",
+            "memory",
+        ),
+        ("while True: print('x' * 10000)", "output"),
+        ("import os; os.abort()", "signal"),
+        ("raise SystemExit(3)", "exited"),
+    ],
+)
+def test_how_a_program_ended_is_said(source: str, ending: str, host: Host) -> None:
+    assert run(source, host).ending == ending
+
+
+def test_a_harmless_program_reads_prints_and_writes(host: Host) -> None:
+    source = "import tempfile\nwith tempfile.TemporaryFile('w+') as f: f.write(input()); f.seek(0); print(f.read())"
+    outcome = run_program(source, stdin="ä line\n", limits=LIMITS)
+    assert (outcome.ok, outcome.stdout, outcome.stderr) == (True, "ä line\n", "")
+
+
+def test_a_long_input_and_a_program_that_does_not_read_it(host: Host) -> None:
+    text = "x" * (1 << 20)
+    assert run_program("import sys; print(len(sys.stdin.read()))", stdin=text, limits=LIMITS).stdout == f"{len(text)}\n"
+    assert run_program("print('no')", stdin=text, limits=LIMITS).stdout == "no\n"
+
+
+def test_limits_alone_are_a_choice_and_hold_too(host: Host) -> None:
+    outcome = run_program(f"print(open('{host.secret}').read())", limits=LIMITS, isolation="limits")
+    assert outcome.stdout == "canary\n", "without namespaces a program reads what its user may read"
+    assert run_program("while True: pass", limits=LIMITS, isolation="limits").ending == "timeout"
+    outcome = run_program("x = []\nwhile True: x.append(bytearray(1 << 20))", limits=LIMITS, isolation="limits")
+    assert outcome.ending == "memory" or "MemoryError" in outcome.stderr
+
+
+def test_without_bubblewrap_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check_namespaces.cache_clear()
+    try:
+        with pytest.raises(UserError, match="not installed") as error:
+            run_program("print('hello')")
+    finally:
+        check_namespaces.cache_clear()
+    assert "apt install bubblewrap" in str(error.value.fix)
+    assert os.environ["PATH"] == str(tmp_path)
