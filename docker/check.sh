@@ -28,9 +28,9 @@ fresh_debian() { # its root
   local at
   if [[ ! -d $work/debian ]]; then
     {
-      debootstrap --variant=minbase --include=ca-certificates bookworm "$work/debian"
-      chroot "$work/debian" apt-get install --yes --no-install-recommends python3.11 python3.11-venv python3.11-dev
-      ln -s python3.11 "$work/debian/usr/bin/python"
+      debootstrap --variant=minbase --include=ca-certificates bookworm "$work/debian" \
+        && chroot "$work/debian" apt-get install --yes --no-install-recommends python3.11 python3.11-venv python3.11-dev \
+        && ln -s python3.11 "$work/debian/usr/bin/python"
     } > "$work/debian.log" 2>&1 || { tail "$work/debian.log" >&2; exit 1; }
   fi
   cp -a "$work/debian" "$1"
