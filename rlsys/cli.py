@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import rlsys
 from rlsys import launch
 from rlsys.cluster import jobs
+from rlsys.cluster.planner import command as planner
 from rlsys.config.compose import overridden_keys
 from rlsys.config.errors import UserError
 from rlsys.controller.commands import add_parsers
@@ -23,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     reward = commands.add_parser("reward", help="try reward functions without a run")
     check.add_parser(reward.add_subparsers(dest="reward_command", required=True, metavar="COMMAND"))
     jobs.add_parser(commands)
+    planner.add_parser(commands)
     add_parsers(commands)
     profile = commands.add_parser(
         "profile",

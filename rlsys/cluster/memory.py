@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlsys.algorithms.requirements import needs_critic, needs_reference_worker, needs_teacher
@@ -19,6 +19,7 @@ from rlsys.engines.footprint import gib
 _BYTES = {"float32": 4, "bfloat16": 2}
 Parts = Mapping[str, int]
 """Bytes by what they are for."""
+INPUTS = "layers' inputs until the backward pass"
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,28 @@ class Device:
     total: int
 
 
-def phases(config: RunConfig, sizes: Sizes, layout: Plan, device: Device) -> dict[str, dict[str, int]]:
-    """By phase, what lies on the fullest GPU, or, without GPUs, on the host that all actors are on."""
-    gpus = bool(layout.bundles)
-    trainer = _trainer(config, sizes, len(layout.of("trainer")), gpus=gpus)
-    sampler = _sampler(config, sizes, len(layout.of("rollout")), device if gpus else None)
-    staying = {}
+@dataclass(frozen=True)
+class Beyond:
+    """What comes on top of the least, where somebody has estimated it (``planner``): bytes while the trainer trains,
+    while the sampler is loaded, and in every phase."""
+
+    trainer: Parts = field(default_factory=dict)
+    sampler: Parts = field(default_factory=dict)
+    always: Parts = field(default_factory=dict)
+
+
+def phases(
+    config: RunConfig, sizes: Sizes, layout: Plan, device: Device, beyond: Beyond | None = None
+) -> dict[str, dict[str, int]]:
+    """By phase, what lies on the fullest GPU, or, without GPUs, on the host that all actors are on.
+
+    Args:
+        beyond: what is needed on top; None: the answer is the least.
+    """
+    gpus, beyond = bool(layout.bundles), beyond or Beyond()
+    trainer = _trainer(config, sizes, len(layout.of("trainer")), gpus=gpus) | dict(beyond.trainer)
+    sampler = _sampler(config, sizes, len(layout.of("rollout")), device if gpus else None) | dict(beyond.sampler)
+    staying = dict(beyond.always)
     if needs_reference_worker(config):
         staying["the reference's weights"] = sizes.parameters * _BYTES[config.model.dtype]
     everything = sampler | trainer | staying
@@ -62,7 +79,7 @@ def phases(config: RunConfig, sizes: Sizes, layout: Plan, device: Device) -> dic
             return {"every phase": everything}
         return {"training": trainer | staying, "sampling": sampler | _kept(trainer) | staying}
     if config.cluster.placement == "disaggregated" or sampler_ranks(config.rollout) > 1:
-        return {"training": trainer | staying, "sampling": sampler}
+        return {"training": trainer | staying, "sampling": sampler | dict(beyond.always)}
     if config.cluster.placement == "shared":
         return {"every phase": everything}
     weights = {"the sampler's weights": sampler["the sampler's weights"]}
@@ -122,7 +139,7 @@ def _trainer(config: RunConfig, sizes: Sizes, ranks: int, *, gpus: bool) -> dict
         rows = data.prompts_per_step * config.rollout.samples_per_prompt / ranks / trainer.updates_per_step
         longest = int(rows * (data.max_prompt_tokens + data.max_response_tokens))
         tokens = min(trainer.micro_batch_tokens, longest)
-        result["layers' inputs until the backward pass"] = tokens * sizes.hidden * _BYTES[config.model.dtype] * copies
+        result[INPUTS] = tokens * sizes.hidden * _BYTES[config.model.dtype] * copies
     return result
 
 

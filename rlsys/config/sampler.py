@@ -7,6 +7,9 @@ from typing import Any
 from rlsys.config.errors import UserError
 from rlsys.config.schema import LoraConfig, RolloutConfig, RunConfig, VllmRollout
 
+MOST_CONCURRENT = (256, 1024)
+"""Sequences that vLLM decodes at once at most, on a CPU and on a GPU: more make a step longer and tokens no faster."""
+
 # Engine arguments of vLLM that make the sampler compute with rounded weights or a rounded cache, and the values that do
 # not.
 _ROUNDING: dict[str, tuple[Any, ...]] = {

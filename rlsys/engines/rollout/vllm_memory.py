@@ -14,12 +14,11 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from rlsys.config.errors import UserError
-from rlsys.config.sampler import sampler_ranks
+from rlsys.config.sampler import MOST_CONCURRENT, sampler_ranks
 from rlsys.config.schema import VllmRollout
 from rlsys.engines.footprint import free_and_total, gib
 
 _GIB = 2**30
-MOST_CONCURRENT = (256, 1024)  # sequences at once: on a CPU, on a GPU
 
 
 def check_memory(vllm_config: VllmConfig, folder: Path, config: VllmRollout) -> None:
