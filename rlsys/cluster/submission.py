@@ -81,7 +81,7 @@ def submit(config: RunConfig, overrides: Sequence[str], console: Console | None 
     address = address_of(config.cluster)
     client = jobs.client_of(address)
     run_root = shared_run_root(config.run_root, client)
-    words = job_overrides(overrides, kind=config.cluster.kind)
+    words = job_overrides(overrides, kind=config.cluster.kind, address=address)
     request = Request(
         shlex.join(["exec", "python", "-m", "rlsys.launch", *words, f"run_root={quoted(run_root)}"]),
         environment,
@@ -106,15 +106,25 @@ def submit(config: RunConfig, overrides: Sequence[str], console: Console | None 
     return code
 
 
-def job_overrides(overrides: Iterable[str], *, kind: str) -> list[str]:
+def job_overrides(overrides: Iterable[str], *, kind: str, address: str | None) -> list[str]:
     """The command line of the job: as it was given, but that it runs there, on the cluster that it finds itself in.
 
     Args:
         kind: of the cluster. ``local`` becomes ``ray``: a job starts no cluster of its own.
+        address: that the cluster was reached by.
     """
     dropped = {"submit", "cluster.address", "run_root", *({"cluster"} if kind == "local" else ())}
     kept = [each for each in overrides if each.partition("=")[0].lstrip("+~") not in dropped]
-    return [*kept, *(["cluster=ray"] if kind == "local" else []), "cluster.address=auto", "submit=false"]
+    there = f"cluster.address={quoted(inner_address(address))}"
+    return [*kept, *(["cluster=ray"] if kind == "local" else []), there, "submit=false"]
+
+
+def inner_address(address: str | None) -> str:
+    """What a job calls its cluster: HOST:PORT as it was given, because ``auto`` may be another cluster of its host;
+    where that is not known, or was this end of a tunnel, ``auto``."""
+    host, colon, port = (address or "").rpartition(":")
+    known = colon and port.isdigit() and "/" not in host and host not in ("localhost", "127.0.0.1")
+    return str(address) if known else "auto"
 
 
 def quoted(text: str) -> str:

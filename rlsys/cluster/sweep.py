@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlsys.cluster import jobs
 from rlsys.cluster.memory import Device, Sizes, phases
-from rlsys.cluster.placement import Plan, plan
+from rlsys.cluster.placement import Plan, place, plan
 from rlsys.cluster.session import INLINE_BYTES, object_store_bytes
+from rlsys.cluster.shape import take_part
 from rlsys.cluster.submission import (
     Request,
     check_upload,
@@ -143,6 +144,7 @@ class Sweep:
     """Runs batches of jobs (a sweeper may ask for several, one after the other) and keeps what came of all of them.
 
     Args:
+        address: of the cluster, as jobs reach it.
         environment: Ray's runtime environment of the jobs; None: they run in this folder, on this machine.
         limit: of jobs at once; None: as many as the pool has room for.
         changed: told of all results so far, a few times a second.
@@ -153,12 +155,13 @@ class Sweep:
         client: JobSubmissionClient,
         pool: Need,
         *,
+        address: str | None,
         environment: Mapping[str, Any] | None,
         limit: int | None = None,
         changed: Callable[[Sequence[Result]], object] = lambda _: None,
     ):
         self._client, self._pool, self._environment, self._limit = client, pool, environment, limit
-        self._changed = changed
+        self._address, self._changed = address, changed
         self.results: list[Result] = []
 
     def run(self, sweep: Sequence[SweepJob]) -> list[Result]:
@@ -196,7 +199,8 @@ class Sweep:
 
     def _start(self, job: SweepJob) -> str:
         job.folder.mkdir(parents=True, exist_ok=True)
-        words = [*job_overrides(job.overrides, kind=job.config.cluster.kind), f"run_root={quoted(str(job.folder))}"]
+        where = job_overrides(job.overrides, kind=job.config.cluster.kind, address=self._address)
+        words = [*where, f"run_root={quoted(str(job.folder))}"]
         here = self._environment is None
         python = sys.executable if here else "python"
         command = shlex.join(["exec", python, "-m", "rlsys.launch", *words])
@@ -276,7 +280,7 @@ def reason_of(log: str, folder: Path) -> str:
             return said[-1]
     plain = _STYLE.sub("", log)
     if "error: " in plain:
-        return "; ".join(line.strip() for line in plain.rpartition("error: ")[2].strip().splitlines()[:3])
+        return "; ".join(" ".join(line.split()) for line in plain.rpartition("error: ")[2].strip().splitlines()[:3])
     lines = _LAST_LINE.findall(plain) or [line for line in plain.splitlines() if line.strip()]
     return lines[-1].strip() if lines else ""
 
@@ -310,7 +314,8 @@ def open_sweep(
     if address is None and not (first.submit and os.environ.get("RAY_ADDRESS")):
         largest = max(object_store_bytes(_weights_bytes(config)) for config in configs)
         at_once = min(len(configs), limit or len(configs), os.cpu_count() or 1)
-        client = jobs.client_of(stack.enter_context(local_cluster(largest * at_once)))
+        dashboard, address = stack.enter_context(local_cluster(largest * at_once))
+        client = jobs.client_of(dashboard)
     else:
         client = jobs.client_of(address)
         here = is_here(node["NodeManagerAddress"] for node in jobs.nodes_of(client) if node["Alive"])
@@ -319,7 +324,8 @@ def open_sweep(
             environment = runtime_env(first.submit, Path.cwd(), os.environ, exclude=leftovers(str(folder), Path.cwd()))
             check_upload(environment, Path.cwd())
     topology = jobs.topology_of(client)
-    return Sweep(client, pool_of(topology), environment=environment, limit=limit, changed=changed), topology
+    pool = pool_of(topology)
+    return Sweep(client, pool, address=address, environment=environment, limit=limit, changed=changed), topology
 
 
 def prepared(
@@ -337,7 +343,7 @@ def prepared(
     """
     refuse_secrets(overrides)
     if topology.gpus:
-        layout = plan(config, gpus=topology.gpus, cores=min(node.cores for node in topology.nodes))
+        layout = place(config, take_part(config.cluster, topology))
         gpus = sum(bundle.get("GPU", 0.0) for bundle in layout.bundles)
         return SweepJob(number, tuple(overrides), config, folder, Need(gpus, 1))
     share = cores_each(topology, count)
@@ -379,8 +385,9 @@ def _least_bytes(config: RunConfig, layout: Plan) -> int:
 
 
 @contextmanager
-def local_cluster(object_store_bytes: int) -> Iterator[str]:
-    """A Ray cluster of this machine with a job API, which ends with this process. Yields its dashboard's address."""
+def local_cluster(object_store_bytes: int) -> Iterator[tuple[str, str]]:
+    """A Ray cluster of this machine with a job API, which ends with this process. Yields the addresses of its dashboard
+    and of itself."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_max_direct_call_object_size", str(INLINE_BYTES))
@@ -397,6 +404,6 @@ def local_cluster(object_store_bytes: int) -> Iterator[str]:
         configure_logging=False,
     )
     try:
-        yield f"http://{context.address_info['webui_url']}"
+        yield f"http://{context.address_info['webui_url']}", str(context.address_info["gcs_address"])
     finally:
         ray.shutdown()

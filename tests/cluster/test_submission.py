@@ -18,7 +18,15 @@ from running import RUN_S, SMALL, command, environment
 from rlsys import cli
 from rlsys import launch as command_line
 from rlsys.cluster import jobs, submission
-from rlsys.cluster.submission import Request, check_upload, is_here, job_overrides, runtime_env, upload_sizes
+from rlsys.cluster.submission import (
+    Request,
+    check_upload,
+    inner_address,
+    is_here,
+    job_overrides,
+    runtime_env,
+    upload_sizes,
+)
 from rlsys.config.errors import UserError
 
 # --- what is sent ---
@@ -27,14 +35,32 @@ from rlsys.config.errors import UserError
 def test_the_job_runs_the_same_command_on_the_cluster_that_it_is_in() -> None:
     given = ["+recipe=grpo_qwen", "trainer.lr=1e-4", "submit=env.yaml", "++cluster.address=head:6379", "run_root=runs"]
     kept = ["+recipe=grpo_qwen", "trainer.lr=1e-4"]
-    assert job_overrides(given, kind="gpu_pool") == [*kept, "cluster.address=auto", "submit=false"]
-    assert job_overrides([*given, "cluster=local"], kind="local") == [
+    assert job_overrides(given, kind="gpu_pool", address="head:6379") == [
         *kept,
-        "cluster=ray",
-        "cluster.address=auto",
+        "cluster.address='head:6379'",
         "submit=false",
     ]
-    assert "cluster=gpu_pool" in job_overrides(["cluster=gpu_pool"], kind="gpu_pool")
+    assert job_overrides([*given, "cluster=local"], kind="local", address=None) == [
+        *kept,
+        "cluster=ray",
+        "cluster.address='auto'",
+        "submit=false",
+    ]
+    assert "cluster=gpu_pool" in job_overrides(["cluster=gpu_pool"], kind="gpu_pool", address=None)
+
+
+@pytest.mark.parametrize(
+    ("reached_by", "called"),
+    [
+        ("10.0.0.1:6379", "10.0.0.1:6379"),
+        ("http://head:8265", "auto"),
+        ("127.0.0.1:6379", "auto"),
+        ("auto", "auto"),
+        (None, "auto"),
+    ],
+)
+def test_what_a_job_calls_its_cluster(reached_by: str | None, called: str) -> None:
+    assert inner_address(reached_by) == called
 
 
 def test_variables_go_along_only_where_the_file_names_them(tmp_path: Path) -> None:

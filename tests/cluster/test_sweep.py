@@ -146,10 +146,8 @@ def test_the_table_has_every_job_and_names_what_failed(tmp_path: Path) -> None:
 
 def test_why_a_run_failed(tmp_path: Path) -> None:
     shown = "\x1b[1;31merror: \x1b[0mthere is no model\n  where: model.path\n  fix:   give a folder\n"
-    assert (
-        reason_of(f"Running entrypoint\n{shown}", tmp_path)
-        == "there is no model; where: model.path; fix:   give a folder"
-    )
+    said = "there is no model; where: model.path; fix: give a folder"
+    assert reason_of(f"Running entrypoint\n{shown}", tmp_path) == said
     trace = "Traceback (most recent call last):\n  File x\ntorch.OutOfMemoryError: CUDA out of memory\n"
     assert reason_of(trace, tmp_path) == "torch.OutOfMemoryError: CUDA out of memory"
     assert reason_of("", tmp_path) == ""
@@ -214,10 +212,11 @@ def outcome(root: Path) -> list[dict[str, Any]]:
 @pytest.mark.ray
 def test_a_job_that_fails_ends_no_other(tmp_path: Path) -> None:
     done = sweep(tmp_path, "model.path=/nowhere,bundled:arithmetic")
+    assert "sweep.md" in done.stdout, done.stdout + done.stderr
     assert done.returncode == 1, done.stdout + done.stderr
     bad, good = outcome(tmp_path)
     assert (bad["status"], bad["exit_code"]) == ("failed", 2)
-    assert "model.path=/nowhere" in bad["error"]
+    assert "there is no model folder '/nowhere'" in bad["error"]
     assert good["status"] == "finished", done.stdout
     assert good["steps"] == 1
     assert 0 <= good["final"] <= 1
