@@ -38,7 +38,7 @@ def check_hosts(config: RunConfig, topology: Topology) -> None:
     """What holds for all hosts together.
 
     Raises:
-        UserError: GPUs of several kinds, or a placement that their memory does not allow.
+        UserError: GPUs of several kinds, samplers larger than a host, or a placement that the memory does not allow.
     """
     kinds: dict[str, int] = {}
     for node in topology.nodes:
@@ -50,6 +50,14 @@ def check_hosts(config: RunConfig, topology: Topology) -> None:
             f"the cluster has {there}, and ranks of one run want GPUs of one kind: all wait for the slowest",
             where="cluster",
             fix="choose one kind, such as cluster=gpu_pool cluster.gpu=… cluster.nodes=…, or leave the others out",
+        )
+    each = sampler_ranks(config.rollout)
+    host = max((node.gpus for node in topology.nodes), default=0)
+    if each > host and topology.gpus and len(topology.nodes) > 1:
+        raise UserError(
+            f"a sampler of {each} GPUs has its processes on one host, and the largest has {host}",
+            where="rollout.tensor_parallel",
+            fix=f"set rollout.tensor_parallel × rollout.pipeline_parallel to {host} or less, and more rollout.workers",
         )
     placement = config.cluster.placement
     if topology.unified and placement == "colocated":
@@ -82,10 +90,10 @@ def book(
         free: by host, GPUs that nobody holds now: tried first, before those that have to be waited for.
 
     Raises:
-        UserError: a group, or a sampler, is larger than the largest domain or host, or they do not fit side by side.
+        UserError: a group is larger than the largest domain, or they do not fit side by side.
     """
     each, group = sampler_ranks(config.rollout), _group(config, ranks)
-    _check_sizes(config, topology, each if own else 1, group)
+    _check_group(config, topology, group)
     totals = {node.id: node.gpus for node in topology.nodes}
     wanted = _Wanted(ranks, singles - ranks, own, each, group)
     for there in ([{**totals, **free}] if free is not None else []) + [totals]:
@@ -118,14 +126,7 @@ def _group(config: RunConfig, ranks: int) -> int:
     return math.lcm(trainer.sequence_ranks, spread if spread < ranks else 1)
 
 
-def _check_sizes(config: RunConfig, topology: Topology, each: int, group: int) -> None:
-    host = max(node.gpus for node in topology.nodes)
-    if each > host:
-        raise UserError(
-            f"a sampler of {each} GPUs has its processes on one host, and the largest has {host} GPUs",
-            where="rollout.tensor_parallel",
-            fix=f"set rollout.tensor_parallel × rollout.pipeline_parallel to {host} or less, and more rollout.workers",
-        )
+def _check_group(config: RunConfig, topology: Topology, group: int) -> None:
     domain = max(sum(node.gpus for node in nodes) for nodes in topology.domains().values())
     if group > domain:
         key = "trainer.sequence_ranks" if config.trainer.sequence_ranks > domain else "trainer.shard_ranks"

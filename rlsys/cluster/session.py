@@ -53,6 +53,12 @@ class Session:
     def nodes(self) -> int:
         return len(self.topology.nodes)
 
+    @property
+    def said(self) -> str:
+        """In words: ``16 GPUs on 2 hosts``."""
+        size = f"{self.gpus} GPUs" if self.gpus else f"{max(self.topology.cores, 1)} CPU cores"
+        return size if self.nodes == 1 else f"{size} on {self.nodes} hosts"
+
     def free(self) -> dict[str, int] | None:
         """By host, GPUs that nobody holds; None: this run alone is here."""
         if self.local or not self.gpus:

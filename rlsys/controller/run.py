@@ -294,7 +294,7 @@ def _groups(
             training_problems=inputs.train_rows,
             held_out_problems=len(inputs.held_out) if inputs.held_out is not None else 0,
             ranks=len(layout.of("trainer")),
-            cluster=f"{session.gpus} GPUs" if session.gpus else f"{session.cores} CPU cores",
+            cluster=session.said,
             run_folder=observers.folder.path,
             resumed_step=resumed_step,
         )

@@ -194,7 +194,7 @@ def test_bundles_ask_for_a_domain_a_host_or_a_resource() -> None:
     [
         (config(144, sequence=144), racks([18, 18]), "trainer.sequence_ranks", "the largest has 72 GPUs"),
         (config(32, shard=16), pool([8] * 4), "trainer.shard_ranks", "the largest has 8 GPUs"),
-        (config(8, 1, 8, placement="disaggregated"), racks([18]), "rollout.tensor_parallel", "the largest has 4 GPUs"),
+        (config(8, 1, 8, placement="disaggregated"), racks([18]), "rollout.tensor_parallel", "the largest has 4"),
         (config(72, sequence=24), racks([17]), "trainer.ranks", "there are 68 GPUs"),
         (config(80, sequence=16), racks([10, 10, 3]), "trainer.ranks", r"1 of 12"),
         (config(8, 3, 4, placement="disaggregated"), pool([6, 6, 6]), "rollout.tensor_parallel", "need 20 GPUs"),

@@ -11,6 +11,8 @@ from composing import composed
 from pages import DOCS, blocks, commands, tables, text_of, write_python_block
 
 from rlsys.algorithms.divergences.jsd import jsd
+from rlsys.cluster.placement import place
+from rlsys.cluster.topology import expected
 from rlsys.config.assets import bundled_model
 from rlsys.config.build import build
 from rlsys.config.compose import overridden_keys
@@ -21,7 +23,8 @@ from rlsys.data.prompts import PromptEncoder, load_tokenizer
 from rlsys.replay.pairs import load_pairs
 
 NEW = "how-to/new-algorithm.md"
-PAGES = [NEW, "how-to/choose-an-algorithm.md", "how-to/self-distillation.md", "how-to/preferences.md"]
+CLUSTERS = ["how-to/dgx-spark.md", "how-to/nvl72.md"]
+PAGES = [NEW, "how-to/choose-an-algorithm.md", "how-to/self-distillation.md", "how-to/preferences.md", *CLUSTERS]
 COMMANDS = [(page, command) for page in PAGES for command in commands(page)]
 
 
@@ -40,6 +43,8 @@ def test_every_command_composes_and_nothing_in_it_is_ignored(page: str, command:
     config = build(composed(*overrides, recipe=recipe))
     refuse_ignored(config, overridden_keys(overrides))
     try_out(config)
+    if page in CLUSTERS:
+        assert place(config, expected(config.cluster)).of("trainer")
 
 
 def test_pages_link_to_pages_that_are_there() -> None:
