@@ -98,9 +98,6 @@ class Host:
         """Unplugs the fast network."""
         _ip("netns", "exec", self.switch, "ip", "link", "set", f"fast0-{self.number}", "down")
 
-    def plug(self) -> None:
-        _ip("netns", "exec", self.switch, "ip", "link", "set", f"fast0-{self.number}", "up")
-
     def received(self, interface: str) -> int:
         """Bytes that came to this host by an interface since it began."""
         command = ["nsenter", f"--target={self.init}", "--net", "cat", "/proc/net/dev"]

@@ -13,7 +13,7 @@ from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
 from rlsys.config.errors import UserError
 from rlsys.config.schema import RunConfig
-from rlsys.controller.resume import find_origin
+from rlsys.controller.resume import find_origin, last_origin
 from rlsys.tracking.run import RunFolder
 
 
@@ -69,6 +69,25 @@ def test_steps_past_the_checkpoint_are_abandoned_in_a_new_lineage(tmp_path: Path
     """Their weights may have been used: what is computed now must not be taken for them."""
     make_run(tmp_path, 5, checkpoints=(2, 4))
     assert where(config_at(tmp_path, "resume=auto")) == (1, 4)
+
+
+def test_a_job_that_broke_off_goes_on_as_a_resumed_run_would(tmp_path: Path) -> None:
+    """In the same process, which holds the folder's lock: the run cannot be opened a second time."""
+    run = make_run(tmp_path, 5, checkpoints=(2, 4))
+    with RunFolder.open(run.path) as folder:
+        origin = last_origin(folder, config_at(tmp_path), ControllerState(step=0, lineage=0))
+    assert (origin.state.lineage, origin.state.step, origin.folder) == (1, 4, folder)
+    assert origin.checkpoint == run.checkpoints / "step-00000004"
+
+
+def test_a_job_that_broke_off_before_its_first_checkpoint_begins_anew_in_a_new_lineage(tmp_path: Path) -> None:
+    beginning = ControllerState(step=0, lineage=0, data={"position": 3})
+    run = make_run(tmp_path, 0, checkpoints=())
+    untouched = last_origin(run, config_at(tmp_path), beginning)
+    assert (untouched.checkpoint, untouched.state) == (None, beginning)
+    extend(run, range(1, 4), checkpoints=(), lineage=0)
+    begun = last_origin(run, config_at(tmp_path), beginning)
+    assert (begun.checkpoint, begun.state) == (None, replace(beginning, lineage=1))
 
 
 def test_rolling_back_is_a_new_lineage_each_time(tmp_path: Path) -> None:
