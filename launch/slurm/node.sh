@@ -37,7 +37,20 @@ end() {
   if [[ -n ${ray:-} ]] && kill "$ray" 2>/dev/null; then
     wait "$ray" 2>/dev/null || true
   fi
+  pkill -KILL -f -- "$temp/" || true # what Ray did not end; nobody else's command line has this folder
   rm -rf "$temp"
+  touch "$shared/left-$SLURM_PROCID"
+}
+
+# shellcheck disable=SC2329 # a trap calls it
+end_all() { # workers first: they ask the head to let them go
+  local waited
+  touch "$shared/ended"
+  for ((waited = 0; waited < 40; waited++)); do
+    (($(find "$shared" -name 'left-*' | wc -l) >= SLURM_NNODES - 1)) && break
+    sleep 1
+  done
+  end
 }
 trap end EXIT
 
@@ -60,7 +73,7 @@ if ((SLURM_PROCID > 0)); then
   exit 0
 fi
 
-trap 'touch "$shared/ended"; end' EXIT
+trap end_all EXIT
 address=$(first_address)
 [[ -n $address ]] || { echo "node 0 has no address on ${RLSYS_INTERFACE:-any interface}" >&2; exit 1; }
 start_ray --head --port="$port" --ray-client-server-port=$((port + 1)) --include-dashboard=false

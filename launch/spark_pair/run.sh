@@ -46,10 +46,13 @@ head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' > "$state/token"
 # shellcheck disable=SC2016,SC2329 # a trap calls it, and $1 is for the other host
 end() {
   trap - EXIT
-  there "$state" <<< 'kill "$(cat "$1/ray.pid")" 2>/dev/null; rm -rf "$1"' || true
+  # The worker first: it asks the head to let it go. Then what Ray did not end; no other command line has this folder.
+  there "$state" <<< 'pid=$(cat "$1/ray.pid") && kill "$pid" && for i in {1..40}; do kill -0 "$pid" || break; sleep 1; done
+    pkill -KILL -f -- "$1/ray" ; rm -rf "$1"' 2>/dev/null || true
   if [[ -n ${ray:-} ]] && kill "$ray" 2>/dev/null; then
     wait "$ray" 2>/dev/null || true
   fi
+  pkill -KILL -f -- "$state/ray" || true
   rm -rf "$state"
 }
 trap end EXIT

@@ -25,6 +25,7 @@ pytestmark = [
 ]
 RUN_S = 400
 RECIPE = ("+recipe=grpo_qwen", *SMALL, "rollout=torch", "data.prompts_per_step=4", "eval.every=0")
+RAYS = ("raylet", "gcs_server", "site-packages/ray/", "ray::", "ray start")
 
 
 @pytest.fixture
@@ -39,8 +40,9 @@ def ray_processes(host: Host) -> list[str]:
     found = []
     for process in psutil.process_iter():
         try:
-            if os.readlink(f"/proc/{process.pid}/ns/pid") == inside and "ray" in " ".join(process.cmdline()):
-                found.append(" ".join(process.cmdline()))
+            line = " ".join(process.cmdline())
+            if os.readlink(f"/proc/{process.pid}/ns/pid") == inside and any(each in line for each in RAYS):
+                found.append(line)
         except (OSError, psutil.Error):
             continue
     return found
