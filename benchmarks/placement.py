@@ -187,13 +187,13 @@ def refusals() -> str:
 
 
 def page() -> str:
-    recipes = ", ".join(f"`{name}`" + (f" with `{' '.join(more)}`" if more else "") for name, more in RECIPES.items())
+    names = (f"`{name}`" + (f" with `{' '.join(more)}`" if more else "") for name, more in RECIPES.items())
     intro = (
         "# Placement\n\n"
         "Which host and GPU every actor of three recipes gets, as a run's own functions say "
-    names = (f"`{name}`" + (f" with `{' '.join(more)}`" if more else "") for name, more in RECIPES.items())
-    recipes = ", ".join(names)
-        f"Recipes: {recipes}"
+        "(`rlsys/cluster/placement.py`).\nHosts with the same numbers of actors, in domains that are alike, "
+        "are one row. "
+        f"Recipes: {', '.join(names)}"
     )
     last = "Made with `python -m benchmarks.placement --out docs/results`; nothing here is measured."
     return "\n\n".join([intro + ".", *(section(case).rstrip() for case in CASES), refusals().rstrip(), last]) + "\n"
