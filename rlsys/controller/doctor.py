@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +112,14 @@ def surroundings(config: RunConfig, machine: Machine, inputs: Inputs | None, *, 
     topology = expected(config.cluster)
     local = address_of(config.cluster) is None
     vllm, root = config.rollout.engine == "vllm", Path(config.run_root)
-    resumed = _resumed(config)
-    several = not local and len(topology.nodes) != 1
+    resumed = cache(partial(_resumed, config))  # asked within the probes: it may be refused
     probes = [
         Probe("accelerator", lambda: _accelerator(config, machine, topology)),
         Probe("driver", lambda: devices.driver(machine, architectures=torch_architectures(), vllm=vllm, local=local)),
         Probe("dependencies", lambda: software.dependencies_here(config)),
-        Probe("data set", lambda: _data_set(config, inputs, resumed, full=full), "data_unusable"),
-        Probe("run folder", lambda: storage.run_folder(root, resumed=resumed)),
-        Probe("ports", lambda: network.ports(own_address=machine.own_address, several_hosts=several)),
+        Probe("run folder", lambda: storage.run_folder(root, resumed=resumed()), "run_unusable"),
+        Probe("data set", lambda: _data_set(config, inputs, resumed(), full=full), "data_unusable"),
+        Probe("ports", lambda: network.ports(own_address=machine.own_address)),
         Probe("clock", lambda: network.clock_here(storage.existing(root))),
         Probe("Ray", lambda: network.ray_cluster(address_of(config.cluster))),
     ]

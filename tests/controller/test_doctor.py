@@ -21,6 +21,7 @@ from rlsys.cluster.session import Session
 from rlsys.cluster.topology import found
 from rlsys.config.errors import UserError
 from rlsys.controller.doctor import check_cluster, preflight
+from rlsys.tracking.run import RunFolder
 
 SMALL = ("rollout=torch", "eval.every=0", "data=file", "data.max_prompt_tokens=16", "data.max_response_tokens=8")
 ROWS = [{"prompt": "1+1=", "answer": "2"}] * 4
@@ -115,6 +116,15 @@ def test_a_run_goes_on_only_with_its_data(overrides: list[str], tmp_path: Path) 
     assert error.value.where == "data.path=train.jsonl"
 
 
+def test_a_run_that_is_being_written_hides_nothing_else(overrides: list[str], tmp_path: Path) -> None:
+    config = run_config(*overrides[1:])
+    with RunFolder.create(tmp_path / "runs", config.name, config) as run:
+        (run.checkpoints / "step-00000001").mkdir()
+        status, wrong = examined(*overrides, "resume=auto", "algorithm.loss=ppo_klip")
+    assert status == 2
+    assert wrong == {"algorithm_unusable": "algorithm.loss", "run_unusable": str(run.path)}
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_started(overrides: list[str]) -> None:
     config = run_config(*overrides[1:], "trainer.ranks=2")
     crowded = replace(look(), gpus=(), memory_available=1 << 20)
@@ -136,7 +146,7 @@ def test_every_node_is_asked(overrides: list[str], tmp_path: Path) -> None:
     (node,) = facts["nodes"]["nodes"].values()
     assert node["cores"] == look().cores
     (ahead,) = facts["clocks"]["ahead_s"].values()
-    assert abs(ahead) < 60
+    assert abs(ahead) < 1
     other = replace(look(), packages={**look().packages, "torch": "1.0"})
     differing = nodes.look_at(ray.nodes())
     issues = [i for _, i in nodes.run_probes(nodes.probes_of(differing, other, nodes.Link())).issues]

@@ -21,12 +21,11 @@ _LATEST = datetime(2100, 1, 1, tzinfo=UTC).timestamp()
 _SKEW_S = (1.0, 60.0)  # said; an error: certificates and lock files go wrong
 
 
-def ports(wanted: Mapping[int, str] | None = None, *, own_address: str | None, several_hosts: bool = False) -> Finding:
+def ports(wanted: Mapping[int, str] | None = None, *, own_address: str | None) -> Finding:
     """Whether this host can listen: on its loopback, on the address that its name leads to, on ports by number.
 
     Args:
         wanted: what each port is for. own_address: what the host's name resolves to; None: to nothing.
-        several_hosts: others have to reach it.
     """
     issues = []
     for port, purpose in (wanted or {}).items():
@@ -43,10 +42,10 @@ def ports(wanted: Mapping[int, str] | None = None, *, own_address: str | None, s
     fix = f"write this host's address and '{name}' into /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
     if own_address is None:
         what = f"the host's name '{name}' leads to no address"
-        issues.append(Issue("host_name_unknown", "error" if several_hosts else "warning", what, "/etc/hosts", fix))
+        issues.append(Issue("host_name_unknown", "warning", what, "/etc/hosts", fix))
     elif error := _cannot_listen(own_address, 0):
         what = f"the host's name '{name}' leads to {own_address}, which is no address of this host ({error})"
-        issues.append(Issue("host_name_foreign", "error" if several_hosts else "warning", what, "/etc/hosts", fix))
+        issues.append(Issue("host_name_foreign", "warning", what, "/etc/hosts", fix))
     return Finding({"host": name, "address": own_address, "ports": sorted(wanted or {})}, tuple(issues))
 
 

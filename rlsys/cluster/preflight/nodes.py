@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from rlsys.cluster.preflight.software import same_versions
 from rlsys.config.errors import UserError
 from rlsys.workers.waits import ActorFailed, Call, DeadlineExceeded, StopFlag, gather
 
+_PINGS = 3  # the quickest answer says most about a clock
 _SECONDS = 120.0  # a node whose first worker process has to read its packages from a slow disk
 
 
@@ -41,12 +42,6 @@ class Looked:
     ids: Mapping[str, str] = field(default_factory=dict)
 
 
-def _look() -> tuple[Machine, float, float]:
-    """In a task: what the node says, and when it began and ended looking."""
-    began = time.time()
-    return look(), began, time.time()
-
-
 def look_at(nodes: Sequence[Mapping[str, Any]], *, seconds: float = _SECONDS, stop: StopFlag | None = None) -> Looked:
     """Asks all live ones of ``ray.nodes()`` at once.
 
@@ -54,34 +49,46 @@ def look_at(nodes: Sequence[Mapping[str, Any]], *, seconds: float = _SECONDS, st
         StopRequested: ``stop`` was requested.
     """
     alive = [node for node in nodes if node["Alive"]]
-    task = ray.remote(num_cpus=0, max_retries=0)(_look)
-    sent = {node["NodeID"]: time.time() for node in alive}
-    calls = []
-    for node in alive:
-        where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        name = str(node["NodeManagerAddress"])
-        calls.append(Call(task.options(scheduling_strategy=where).remote(), f"node {name}", "a look at it", node))
+    asked = [Call(_task(node, look).remote(), _node(node), "a look at it", node) for node in alive]
     machines, ahead, failed = {}, {}, {}
     ids = {_name(node, alive): str(node["NodeID"]) for node in alive}
     deadline = time.monotonic() + seconds
-    for call in calls:
+    for call in asked:
         name = _name(call.payload, alive)
         try:
             left = max(deadline - time.monotonic(), 0.5)
-            machine, began, ended = gather([call], phase="start", seconds=left, stop=stop)[0]
+            (machines[name],) = gather([call], phase="start", seconds=left, stop=stop)
+            ahead[name] = min((_ahead(call.payload, left, stop) for _ in range(_PINGS)), key=lambda pair: pair[1])
         except (ActorFailed, DeadlineExceeded, UserError) as error:
             failed[name] = str(error)
-            continue
-        machines[name] = machine
-        ahead[name] = clock_range(sent[call.payload["NodeID"]], began, ended, time.time())
     return Looked(machines, ahead, failed, ids)
 
 
-def clock_range(sent: float, began: float, ended: float, received: float) -> tuple[float, float]:
-    """By how much another clock is ahead, and how far that may be off: it began after ``sent`` and ended before
-    ``received``, all that is known where starting a process there took most of the time."""
-    least, most = ended - received, began - sent
-    return (least + most) / 2, abs(most - least) / 2
+def _clock() -> float:
+    return time.time()
+
+
+def _ahead(node: Mapping[str, Any], seconds: float, stop: StopFlag | None) -> tuple[float, float]:
+    """Of the node's clock; a process that is there already answers."""
+    sent = time.time()
+    call = Call(_task(node, _clock).remote(), _node(node), "its clock")
+    (there,) = gather([call], phase="start", seconds=seconds, stop=stop)
+    return clock_range(sent, there, time.time())
+
+
+def clock_range(sent: float, there: float, received: float) -> tuple[float, float]:
+    """By how much another clock is ahead, as if it had been read half-way, and how far that may be off."""
+    return there - (sent + received) / 2, (received - sent) / 2
+
+
+def _task(node: Mapping[str, Any], function: Callable[..., Any]) -> Any:
+    """The function as a task of that node."""
+    where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    return ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=where)
+
+
+def _node(node: Mapping[str, Any]) -> str:
+    return f"node {node['NodeManagerAddress']}"
 
 
 def probes_of(looked: Looked, here: Machine, link: Link) -> list[Probe]:

@@ -371,7 +371,6 @@ def test_a_port_that_somebody_has() -> None:
 
 @pytest.mark.parametrize(("address", "code"), [(None, "host_name_unknown"), ("192.0.2.77", "host_name_foreign")])
 def test_a_name_that_does_not_lead_to_this_host(address: str | None, code: str) -> None:
-    has(network.ports(own_address=address, several_hosts=True), code, "/etc/hosts", socket.gethostname())
     has(network.ports(own_address=address), code, "/etc/hosts", socket.gethostname(), "warning")
 
 
@@ -429,11 +428,11 @@ def test_a_clock_that_was_never_set() -> None:
 
 
 def test_nodes_whose_clocks_differ() -> None:
-    assert nodes.clock_range(sent=100.0, began=104.0, ended=104.5, received=101.0) == (3.75, 0.25)
+    assert nodes.clock_range(sent=100.0, there=104.0, received=101.0) == (3.5, 0.5)
     late = has(network.skew({"a": (0.01, 0.3), "b": (-7.0, 0.5)}), "clock_skew", "clock", "timedatectl", "warning")
     assert late.node == "b"
     has(network.skew({"b": (3600.0, 0.5)}), "clock_skew", "clock", "timedatectl")
-    sound(network.skew({"a": (4.0, 4.0)}))  # starting a process there took that long
+    sound(network.skew({"a": (4.0, 4.0)}))  # asking took that long
 
 
 def test_nodes_with_another_environment() -> None:
