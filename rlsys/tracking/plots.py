@@ -67,7 +67,9 @@ def plot_comparison(runs: Mapping[str, Sequence[Line]], path: Path, title: str =
         for number, (label, steps) in enumerate(runs.items()):
             x, y = _series(steps, metric, scale)
             line = _LINES[number // len(_COLOURS) % len(_LINES)]
-            axes.plot(x, y, line, color=_COLOURS[number % len(_COLOURS)], label=label, **_marks(x))
+            width = 1.3 + 1.7 * (len(runs) - 1 - number) / max(len(runs) - 1, 1)  # one that lies below another shows
+            colour = _COLOURS[number % len(_COLOURS)]
+            axes.plot(x, y, line, color=colour, linewidth=width, label=label, **_marks(x))
         if few and axes.get_subplotspec().is_first_row() and axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
             axes.legend(loc="best")
 

@@ -12,7 +12,8 @@ import ray
 from experiences import make_experience
 
 from knobs.table import Actors, Bench, entry
-from rlsys.cluster import session
+from rlsys import launch as command_line
+from rlsys.cluster import session, submission
 from rlsys.cluster.placement import ActorSpec, plan
 from rlsys.cluster.topology import expected
 from rlsys.cluster.unified import sampler_share
@@ -178,3 +179,29 @@ def tracker_use(bench: Bench) -> None:
 def tracker_display(bench: Bench) -> None:
     shown = [type(bench.started(f"tracker.display={mode}").display) for mode in ("plain", "live")]
     assert shown == [PlainDisplay, LiveDisplay]
+
+
+# --- submit ---
+
+
+@entry("submit")
+def handed_to_a_cluster(bench: Bench) -> None:
+    (bench.tmp / "env.yaml").write_text("env_vars: {NAME: value}\n")
+    sent: list[dict[str, Any]] = []
+
+    class Client:
+        def submit_job(self, *, runtime_env: dict[str, Any], **_: Any) -> str:
+            sent.append(runtime_env["env_vars"])
+            return "job"
+
+    def ended(*_: Any) -> Any:
+        return SimpleNamespace(status=SimpleNamespace(value="SUCCEEDED"), driver_exit_code=0)
+
+    bench.monkeypatch.setattr(submission.jobs, "client_of", lambda _: Client())
+    bench.monkeypatch.setattr(submission.jobs, "follow", ended)
+    bench.monkeypatch.chdir(bench.tmp)
+    for value in ("true", "env.yaml"):
+        overrides = ("+recipe=grpo_qwen", f"submit={value}", f"run_root={bench.tmp / 'runs'}")
+        assert command_line.main(list(overrides)) == 0
+    assert [env.get("NAME") for env in sent] == [None, "value"]
+    assert not (bench.tmp / "runs").exists(), "nothing runs here"
