@@ -18,6 +18,8 @@ from training_batches import process_group, random_batch
 from knobs.table import Actors, Bench, entry, updating_trainer
 from rlsys.algorithms.requirements import critic_objective
 from rlsys.batch import jagged
+from rlsys.cluster.session import Session
+from rlsys.cluster.topology import one_host
 from rlsys.controller import collecting, run
 from rlsys.engines.train.fsdp import FsdpEngine
 from rlsys.tracking.display import PlainDisplay
@@ -95,7 +97,7 @@ class Group(Actors):
 def started_critic(bench: Bench, *overrides: str) -> FsdpEngine:
     """The critic's engine, loaded as the run tells its ranks to."""
     inputs = bench.inputs(*overrides)
-    session: Any = SimpleNamespace(gpus=0, cores=1, nodes=1)
+    session = Session(one_host(gpus=0, cores=1), local=True, logs="")
     display = PlainDisplay(Console(file=io.StringIO()), title="", steps=1)
     observers: Any = SimpleNamespace(
         display=display, folder=SimpleNamespace(path=bench.tmp, log_event=lambda *_, **__: None)

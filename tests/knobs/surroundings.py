@@ -116,7 +116,7 @@ def connection(bench: Bench) -> None:
     assert [arguments["object_store_memory"] for arguments in asked] == [1 << 29, None]
 
 
-@entry("cluster.nodes", "cluster.gpus_per_node", "cluster.gpu", "cluster.racks", "cluster.trays")
+@entry("cluster.kind", "cluster.nodes", "cluster.gpus_per_node", "cluster.gpu", "cluster.racks", "cluster.trays")
 def shape(bench: Bench) -> None:
     def there(*overrides: str) -> tuple[int, int, str]:
         nodes = expected(bench.config(*overrides).cluster).nodes
