@@ -15,21 +15,29 @@ _MIB = 2**20
 Run = tuple[Question, Mapping[str, float]]
 
 
-def nonnegative(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float]:
-    """x ≥ 0 for which rows · x is nearest to the targets, by the sum of squared relative errors. Every choice of
-    columns that are not 0 is tried: there are few."""
+def nonnegative(
+    rows: Sequence[Sequence[float]], targets: Sequence[float], least: Sequence[float] | None = None
+) -> list[float]:
+    """x ≥ least for which rows · x is nearest to the targets, by the sum of squared relative errors. Every choice of
+    columns that are above their least is tried: there are few.
+
+    Args:
+        least: of each column; None: 0.
+    """
     matrix = np.asarray(rows, dtype=float) / np.asarray(targets, dtype=float)[:, None]
-    best, least = np.zeros(matrix.shape[1]), float("inf")
+    start = np.zeros(matrix.shape[1]) if least is None else np.asarray(least, dtype=float)
+    left = 1 - matrix @ start
+    best, smallest = np.zeros(matrix.shape[1]), float(np.square(left).sum())
     for size in range(1, min(matrix.shape) + 1):
         for columns in combinations(range(matrix.shape[1]), size):
-            part, *_ = np.linalg.lstsq(matrix[:, columns], np.ones(len(matrix)), rcond=None)
+            part, *_ = np.linalg.lstsq(matrix[:, columns], left, rcond=None)
             if (part < 0).any():
                 continue
-            error = float(np.square(matrix[:, columns] @ part - 1).sum())
-            if error < least - 1e-12:
-                best, least = np.zeros(matrix.shape[1]), error
+            error = float(np.square(matrix[:, columns] @ part - left).sum())
+            if error < smallest - 1e-12:
+                best, smallest = np.zeros(matrix.shape[1]), error
                 best[list(columns)] = part
-    return [float(x) for x in best]
+    return [float(x) for x in start + best]
 
 
 def fit_rates(start: Coefficients, runs: Sequence[Run]) -> Coefficients:
@@ -47,21 +55,22 @@ def fit_rates(start: Coefficients, runs: Sequence[Run]) -> Coefficients:
     update = [plan.phases["update"].parts for plan in plans]
     names = ("matrix products", "memory", "starting layers")
     spent = [run["time/update_s"] - parts["optimiser"] for parts, (_, run) in zip(update, runs, strict=True)]
-    products, passes, layer = nonnegative([[parts[name] for name in names] for parts in update], spent)
-    matmul = 1 / max(products, 1e-3)
+    # No device is faster than its own peak, whatever a few runs of small models would fit best.
+    products, passes, layer = nonnegative([[p[name] for name in names] for p in update], spent, (1.0, 0.0, 0.0))
+    matmul = 1 / products
     decode = [plan.phases["rollout"].parts for plan in plans]
     spent = [run["time/rollout_s"] - parts["prompts"] / matmul for parts, (_, run) in zip(decode, runs, strict=True)]
     columns = [
         [p["matrix products"], p["weights from memory"] + p["cache from memory"], p["starting layers"]] for p in decode
     ]
-    product, read, started = nonnegative(columns, spent)
+    product, read, started = nonnegative(columns, spent, (1.0, 1.0, 0.0))
     sent = [plan.work.shape.parameters * 4e-9 for plan in plans]
     per_gb, agreeing = nonnegative([[gb, 1.0] for gb in sent], [run["time/sync_s"] for _, run in runs])
     rest = [run["time/step_s"] - sum(run[f"time/{n}_s"] for n in ("update", "rollout", "sync")) for _, run in runs]
     fixed, each = nonnegative([[1.0, plan.work.samples] for plan in plans], [max(r, 1e-3) for r in rest])
     return replace(
         start, matmul_fraction=matmul, activation_passes=passes, layer_s=layer,
-        decode_matmul_fraction=1 / max(product, 1e-3), decode_bandwidth_fraction=1 / max(read, 1e-3),
+        decode_matmul_fraction=1 / product, decode_bandwidth_fraction=1 / read,
         decode_layer_s=started, sync_gbs=1 / max(per_gb, 1e-3), sync_s=agreeing, driver_s=fixed, driver_sample_s=each,
     )  # fmt: skip
 

@@ -45,6 +45,11 @@ def needed(plan: RunPlan) -> int:
     return plan.memory.peak[1]
 
 
+@pytest.fixture(scope="module")
+def many_prompts() -> Question:
+    return question(*REAL, "data.prompts_per_step=256")
+
+
 def test_a_small_model_fits_a_node_and_a_huge_one_does_not() -> None:
     assert planned("cluster.placement=colocated").memory.fits
     assert not planned("cluster.placement=colocated", shape=HUGE).memory.fits
@@ -86,9 +91,10 @@ def test_more_ranks_need_no_more_of_each(placement: str, activations: str, backe
     assert found == sorted(found, reverse=True)
 
 
+@settings(max_examples=10)
 @given(st.integers(2048, 16384), st.integers(1, 8192))
-def test_larger_micro_batches_need_no_less(tokens: int, more: int) -> None:
-    asked = question(*REAL, "data.prompts_per_step=256")
+def test_larger_micro_batches_need_no_less(many_prompts: Question, tokens: int, more: int) -> None:
+    asked = many_prompts
     sizes = [
         needed(plan_run(replace(asked, config=changed(asked.config, (("trainer.micro_batch_tokens", n),)))))
         for n in (tokens, tokens + more)
@@ -219,6 +225,7 @@ def test_nonnegative_finds_the_factors_and_none_below_zero() -> None:
         rows, [sum(r * x for r, x in zip(row, (2, 0.5, 1), strict=True)) for row in rows]
     ) == pytest.approx([2, 0.5, 1])
     assert min(nonnegative([[1.0, 1.0], [2.0, 1.0], [3.0, 1.0]], [1.0, 3.0, 5.0])) >= 0
+    assert nonnegative([[1.0, 1.0], [2.0, 1.0]], [0.5, 4.0], (1.0, 0.0))[0] >= 1
 
 
 def test_a_fit_finds_the_coefficients_that_the_runs_were_made_of() -> None:
