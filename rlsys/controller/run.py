@@ -163,6 +163,7 @@ def _supervise(
     try:
         with ExitStack() as stack:
             session = stack.enter_context(connect(config.cluster, weights_bytes=_sampler_bytes(config, inputs)))
+            _heed_signals(stop)  # Ray has put a handler of SIGTERM in place that ends the process at once
             refuse_ignored_on(session.gpus, overridden_keys(overrides))
             found = f"Ray with {session.cores} CPUs and {session.gpus} GPUs"
             observers.folder.log_event("cluster", found, logs=session.logs)
@@ -372,18 +373,23 @@ def _groups(
 def _signals() -> Iterator[StopFlag]:
     """Ctrl-C and SIGTERM ask the run to stop; a second Ctrl-C does not wait for it."""
     flag = StopFlag()
+    before = _heed_signals(flag)
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _heed_signals(flag: StopFlag) -> dict[signal.Signals, Any]:
+    """Returns the handlers that there were before."""
 
     def handle(number: int, _frame: object) -> None:
         if flag.requested_at is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         flag.request()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 def _finish(config: RunConfig, observers: Observers, status: int, reason: str, overrides: Sequence[str]) -> None:
