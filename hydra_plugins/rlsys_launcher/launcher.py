@@ -39,6 +39,7 @@ class RayJobLauncher(Launcher):
         self.parallel = parallel
         self._sweep: Sweep | None = None
         self._display: SweepDisplay | None = None
+        self._count = 0  # of the first batch: a search's later, smaller ones compute with as many threads
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Raises UserError for settings of the sweeper that do not go with it."""
@@ -81,10 +82,11 @@ class RayJobLauncher(Launcher):
             configs = [self._checked(*each) for each in zip(numbers, composed, job_overrides, strict=True)]
             if self._sweep is None:
                 self._begin(configs, folder)
+            self._count = self._count or min(len(configs), self.parallel or len(configs))
             assert self._sweep is not None
             assert self._display is not None
             jobs = [
-                self._job(n, overrides, config, folder, len(configs))
+                self._job(n, overrides, config, folder)
                 for n, overrides, config in zip(numbers, job_overrides, configs, strict=True)
             ]
         except UserError:
@@ -145,11 +147,11 @@ class RayJobLauncher(Launcher):
             stack, configs, folder, limit=self.parallel, changed=self._display.update
         )
 
-    def _job(self, number: int, overrides: Sequence[str], config: RunConfig, folder: Path, count: int) -> SweepJob:
+    def _job(self, number: int, overrides: Sequence[str], config: RunConfig, folder: Path) -> SweepJob:
         from rlsys.cluster.sweep import prepared
 
         words = tuple(filter_overrides(overrides))
-        return prepared(number, words, config, folder / str(number), self._topology, min(count, self.parallel or count))
+        return prepared(number, words, config, folder / str(number), self._topology, self._count)
 
 
 class _Return(JobReturn):

@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ STOP_GRACE_S = 120
 UPLOAD_BYTES = 100 << 20
 """Largest folder that is sent along; it goes through the head's memory, and to every node."""
 _DRIVER_CPUS = 1.0
+_READY_S = 120.0
 _NAMED = re.compile(r"\$\{(\w+)\}")
 _LARGEST = 3
 
@@ -50,15 +52,22 @@ class Request:
     what: str = ""
 
     def send(self, client: JobSubmissionClient) -> str:
-        """Returns Ray's name of the job."""
-        return str(
-            client.submit_job(
-                entrypoint=self.entrypoint,
-                runtime_env=self.runtime_env,
-                metadata={"rlsys": self.what},
-                entrypoint_num_cpus=self.cpus,
-            )
-        )
+        """Returns Ray's name of the job. A cluster that has just started takes jobs a moment later."""
+        deadline = time.monotonic() + _READY_S
+        while True:
+            try:
+                return str(
+                    client.submit_job(
+                        entrypoint=self.entrypoint,
+                        runtime_env=self.runtime_env,
+                        metadata={"rlsys": self.what},
+                        entrypoint_num_cpus=self.cpus,
+                    )
+                )
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(1.0)
 
 
 def submit(config: RunConfig, overrides: Sequence[str], console: Console | None = None) -> int:

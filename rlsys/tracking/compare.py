@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -143,9 +144,13 @@ def text_of(words: Sequence[str]) -> str:
 
 
 def short(words: Sequence[str]) -> str:
-    """The same without the groups that keys lie in."""
+    """The same without the groups that keys lie in, and with four digits of long numbers."""
     pairs = (word.partition("=") for word in words)
-    return text_of([f"{key.rpartition('.')[2].lstrip('+~')}{equals}{value}" for key, equals, value in pairs])
+    return text_of([f"{key.rpartition('.')[2].lstrip('+~')}{equals}{_rounded(value)}" for key, equals, value in pairs])
+
+
+def _rounded(value: str) -> str:
+    return f"{float(value):.4g}" if re.fullmatch(r"-?\d+\.\d{5,}(e-?\d+)?", value) else value
 
 
 def best_of(found: Sequence[Mapping[str, Any]]) -> float | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from composing import run_config
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +28,7 @@ from rlsys.cluster.sweep import (
 )
 from rlsys.cluster.topology import Node, Topology, one_host
 from rlsys.config.errors import UserError
-from rlsys.tracking.compare import Result, objective, read_comparison, varying, write_comparison
+from rlsys.tracking.compare import Result, objective, read_comparison, short, varying, write_comparison
 
 
 def hosts(*cores: int, gpus: int = 0) -> Topology:
@@ -119,6 +120,10 @@ def test_only_what_differs_is_shown() -> None:
     assert varying([("+recipe=a", "lr=1", "x=0"), ("+recipe=a", "lr=2", "x=0")]) == [("lr=1",), ("lr=2",)]
     assert varying([("+recipe=a", "lr=1")]) == [("+recipe=a", "lr=1")]
     assert varying([]) == []
+    assert (
+        short(["trainer.lr=6.611623329594088e-05", "model.path=bundled\\:a", "++a.b=0.5"])
+        == "lr=6.612e-05 path=bundled:a b=0.5"
+    )
 
 
 def test_the_table_has_every_job_and_names_what_failed(tmp_path: Path) -> None:
@@ -258,3 +263,30 @@ def test_six_jobs_of_which_one_fails_by_design(tmp_path: Path) -> None:
     assert page.count("| `seed=") == 6
     assert "- job 3 (`seed=1 algorithm.advantage=rloo`), failed: " in page
     assert (folder / "sweep.png").is_file()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_search_goes_by_held_out_accuracy(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    search = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2")
+    done = sweep(tmp_path, *search, "eval.every=1", "trainer.lr=tag(log,interval(1e-5,1e-3))")
+    assert done.returncode == 2
+    assert "hydra.sweeper.direction=maximize" in done.stderr
+    assert not (tmp_path / "runs").exists() or not list(tmp_path.rglob("log.txt"))
+    done = sweep(
+        tmp_path,
+        *search,
+        "hydra.sweeper.direction=maximize",
+        "eval.every=1",
+        "trainer.lr=tag(log,interval(1e-5,1e-3))",
+        seconds=800,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = [path.parent for path in tmp_path.rglob("sweep.json")]
+    rows = read_comparison(folder)
+    assert [row["status"] for row in rows] == ["finished"] * 3
+    assert len({row["overrides"][-1] for row in rows}) == 1, "as many threads each"
+    best = yaml.safe_load((folder / "optimization_results.yaml").read_text())
+    assert best["best_value"] == max(row["final"] for row in rows)
