@@ -22,6 +22,7 @@ from rlsys.config.schema import RunConfig
 from rlsys.controller import run
 from rlsys.controller.inputs import Inputs, check_inputs
 from rlsys.controller.job import Groups, Job, Observers
+from rlsys.controller.recovery import Ending
 from rlsys.tracking.display import PlainDisplay
 from rlsys.tracking.memory import MemoryMonitor
 from rlsys.tracking.run import RunFolder
@@ -112,11 +113,9 @@ class Bench:
         """``run_job`` without what happens inside the cluster; the observers that it made."""
         seen: list[Observers] = []
 
-        def supervise(
-            config: RunConfig, inputs: Inputs, origin: Any, observers: Observers, *_: Any
-        ) -> tuple[int, str, None]:
+        def supervise(config: RunConfig, inputs: Inputs, origin: Any, observers: Observers, *_: Any) -> Ending:
             seen.append(observers)
-            return run.FINISHED, "", None
+            return Ending(run.FINISHED)
 
         self.monkeypatch.setattr(run, "_supervise", supervise)
         assert run.run_job(self.config("eval.problems=4", *overrides)) == run.FINISHED
