@@ -47,12 +47,7 @@ def check_unified(config: RunConfig, found: Mapping[str, Parts], total: int) -> 
         UserError: how much the sampler may have, and what has the rest.
     """
     rollout = config.rollout
-    if config.trainer.offload != "none":
-        raise UserError(
-            f"trainer.offload={config.trainer.offload} moves nothing where CPU and GPU have one memory",
-            where="trainer.offload",
-            fix="leave it out; an adapter (model.lora) or trainer.activations=recompute makes the trainer smaller",
-        )
+    check_offload(config)
     if not isinstance(rollout, VllmRollout):
         return
     for parts in found.values():
@@ -71,3 +66,22 @@ def check_unified(config: RunConfig, found: Mapping[str, Parts], total: int) -> 
                 if most >= 0.05
                 else "a smaller model, model.lora, or cluster=gb10_pair",
             )
+
+
+def check_offload(config: RunConfig) -> None:
+    """Raises:
+    UserError: something is to be moved to where it is already.
+    """
+    fix = "an adapter (model.lora) or trainer.activations=recompute makes the trainer smaller"
+    if config.trainer.offload != "none":
+        raise UserError(
+            f"trainer.offload={config.trainer.offload} moves nothing where CPU and GPU have one memory",
+            where="trainer.offload",
+            fix=f"leave it out; {fix}",
+        )
+    if config.trainer.activations == "offload":
+        raise UserError(
+            "trainer.activations=offload moves nothing where CPU and GPU have one memory",
+            where="trainer.activations",
+            fix=fix,
+        )

@@ -8,7 +8,7 @@ import pytest
 from composing import run_config
 
 from rlsys.cluster.network import HostLook, Interface, chosen, look, network_env
-from rlsys.cluster.unified import check_unified
+from rlsys.cluster.unified import check_offload, check_unified
 from rlsys.config.errors import UserError
 
 GIB = 2**30
@@ -97,7 +97,11 @@ def test_the_sampler_has_what_the_trainer_leaves_of_unified_memory(fraction: flo
     assert error.value.fix == f"set rollout.gpu_memory_fraction={largest}"
 
 
-def test_nothing_is_offloaded_where_there_is_no_other_memory() -> None:
+@pytest.mark.parametrize("override", ["trainer.offload=all", "trainer.activations=offload"])
+def test_nothing_is_offloaded_where_there_is_no_other_memory(override: str) -> None:
+    config = run_config("cluster=gb10", override)
     with pytest.raises(UserError, match="moves nothing") as error:
-        check_unified(run_config("cluster=gb10", "trainer.offload=all"), {}, 120 * GIB)
-    assert error.value.where == "trainer.offload"
+        check_unified(config, {}, 120 * GIB)
+    assert error.value.where == override.partition("=")[0]
+    with pytest.raises(UserError, match="moves nothing"):
+        check_offload(config)

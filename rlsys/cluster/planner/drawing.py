@@ -128,7 +128,11 @@ def _verdict(console: Console, plan: RunPlan, rescue: Advice | None) -> None:
     short = f"{gib(missing)} GiB are missing" if missing > 0 else "the nodes' main memory is too small"
     console.print(f"[bold red]does not fit[/]: {short} ({memory.peak[0]})", highlight=False)
     if rescue is None:
-        console.print("No single setting makes it fit: a smaller model, or more GPUs.", highlight=False)
+        console.print(
+            "No setting makes it fit: it takes an adapter (model.lora.rank=16), a smaller model, or more GPUs.",
+            highlight=False,
+            soft_wrap=True,
+        )
         return
     step = seconds(rescue.plan.step_s)
     console.print(f"It fits with: {escape(rescue.text)}  (a step {step})", highlight=False, soft_wrap=True)

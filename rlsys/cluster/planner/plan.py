@@ -12,6 +12,7 @@ from rlsys.cluster.planner.shape import ModelShape
 from rlsys.cluster.planner.timing import Phase
 from rlsys.cluster.planner.workload import Tokens, Work, work_of
 from rlsys.cluster.topology import Topology
+from rlsys.cluster.unified import check_offload
 from rlsys.config.errors import UserError
 from rlsys.config.schema import RunConfig
 
@@ -68,7 +69,8 @@ class Question:
 
 def plan_run(asked: Question) -> RunPlan:
     """Raises:
-    UserError: the actors do not go onto the cluster, a sequence is longer than the model's, or a mean out of range.
+    UserError: the actors do not go onto the cluster, a sequence is longer than the model's, a mean out of range, or
+        something is to be offloaded where there is one memory.
     """
     config, topology = asked.config, asked.topology
     if not topology.nodes:
@@ -91,6 +93,8 @@ def plan_run(asked: Question) -> RunPlan:
             fix=f"shorten data.max_prompt_tokens or data.max_response_tokens to {asked.shape.longest} together",
         )
     layout = place(config, topology)
+    if topology.unified:
+        check_offload(config)
     known = asked.calibration or calibration.load("gpu" if layout.bundles else "cpu")
     tokens = Tokens.of(config, asked.prompt_tokens, asked.response_tokens)
     work = work_of(config, asked.shape, topology, layout, tokens, known, asked.dollars_per_hour)

@@ -82,7 +82,7 @@ class ModelShape:
 
 
 def shape_of(path: str, *, where: str = "model.path") -> ModelShape:
-    """Of a folder, of ``bundled:NAME``, or of a hub id whose ``config.json`` lies in this machine's cache.
+    """Of a folder, of ``bundled:NAME``, or of a hub id, of which ``config.json`` alone is fetched.
 
     Raises:
         UserError: there is none, or it is not one of a language model.
@@ -90,20 +90,19 @@ def shape_of(path: str, *, where: str = "model.path") -> ModelShape:
     folder = Path(bundled_model(path, where=where)).expanduser()
     if folder.is_dir():
         return read_shape(folder / "config.json", where=f"{where}={path}")
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        cached = try_to_load_from_cache(path, "config.json")
-    except HFValidationError:
-        cached = None
-    if not isinstance(cached, str):
+        found = hf_hub_download(path, "config.json")
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"there is no model folder '{path}', and no config.json of that name in the hub's cache",
+            f"there is no model folder '{path}', and the hub gives no config.json of that name: "
+            f"{next(iter(str(error).strip().splitlines()), type(error).__name__)}",
             where=where,
-            fix="give a folder, download the model, or name its config.json with --shape FILE",
-        )
-    return read_shape(Path(cached), name=path, where=f"{where}={path}")
+            fix="give a folder or a hub id such as Qwen/Qwen3-8B, or name a config.json with --shape FILE",
+        ) from None
+    return read_shape(Path(found), name=path, where=f"{where}={path}")
 
 
 def read_shape(path: Path, *, name: str | None = None, where: str = "--shape") -> ModelShape:
