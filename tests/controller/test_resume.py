@@ -115,7 +115,17 @@ def test_a_run_goes_on_only_as_it_was_started(override: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "override", ["steps=99", "cluster.threads=1", "deadlines.train=5", "reward.workers=2", "checkpoint.every=1"]
+    "override",
+    [
+        "steps=99",
+        "cluster.threads=1",
+        "deadlines.train=5",
+        "reward.workers=2",
+        "checkpoint.every=1",
+        "rollout.workers=2",
+        "rollout.tensor_parallel=2",
+        "rollout.gpu_memory_fraction=0.3",
+    ],
 )
 def test_what_does_not_change_the_remaining_steps_may_change(override: str, tmp_path: Path) -> None:
     make_run(tmp_path, 4, checkpoints=(4,))
