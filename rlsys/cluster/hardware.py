@@ -6,8 +6,10 @@ dense (no structured sparsity). Prices are rough on-demand ones of 2026, to comp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -110,3 +112,21 @@ def compute_numa_nodes(cpus_of_node: Mapping[int, str]) -> list[int]:
         cpus_of_node: by node, the text of ``/sys/devices/system/node/nodeN/cpulist``.
     """
     return sorted(number for number, cpus in cpus_of_node.items() if cpus.strip())
+
+
+def numa_memory_of(gpu: Gpu | None, nodes: Path = Path("/sys/devices/system/node")) -> tuple[int, int]:
+    """Total and free bytes of a GB200's memory in what the kernel says is main memory; of other GPUs there is none.
+
+    Args:
+        nodes: where the kernel says what each NUMA node has.
+    """
+    if gpu is not GPUS["GB200"]:
+        return 0, 0
+    folders = {int(folder.name.removeprefix("node")): folder for folder in nodes.glob("node[0-9]*")}
+    own = compute_numa_nodes({n: (folder / "cpulist").read_text(encoding="ascii") for n, folder in folders.items()})
+    total, free = 0, 0
+    for text in ((folders[n] / "meminfo").read_text(encoding="ascii") for n in folders.keys() - set(own)):
+        said = dict(re.findall(r"(MemTotal|MemFree):\s*(\d+) kB", text))
+        total += int(said.get("MemTotal", 0)) * 1024
+        free += int(said.get("MemFree", 0)) * 1024
+    return total, free

@@ -69,7 +69,7 @@ def look(sys: Path = Path("/sys/class"), ptxas: Path = PTXAS) -> HostLook:
         address = _address(name)
         if address is not None and not ipaddress.ip_interface(address).is_loopback:
             there = sys / "net" / name
-            interfaces.append(Interface(name, address, _mbps(there), (there / "device").exists()))
+            interfaces.append(Interface(name, address, _mbps(there), is_physical(there)))
     rdma = {}
     for device in sorted((sys / "infiniband").glob("*")):
         speeds = [_mbps(sys / "net" / port.name) for port in (device / "device" / "net").glob("*")]
@@ -127,6 +127,15 @@ def network_env(look: HostLook, interface: Interface | None, *, unified: bool, g
     if unified and look.ptxas is not None:
         env["TRITON_PTXAS_PATH"] = look.ptxas  # the one inside Triton's wheel may not know sm_121
     return {key: value for key, value in env.items() if key not in look.given}
+
+
+def is_physical(interface: Path) -> bool:
+    """Whether there is a device behind it, or a bond of several: no bridge, tunnel or container's.
+
+    Args:
+        interface: its folder in ``/sys/class/net``.
+    """
+    return (interface / "device").exists() or (interface / "bonding").exists()
 
 
 def _in(interfaces: Sequence[Interface], net: str) -> Interface | None:

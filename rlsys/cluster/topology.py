@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlsys.cluster.hardware import NODES, POOL_NODES, Gpu, NodeType, gpu_named, node_type
+from rlsys.cluster.hardware import NODES, POOL_NODES, Gpu, NodeType, gpu_named, node_type, numa_memory_of
 from rlsys.config.clusters import ClusterConfig, Gb10, Gb10Pair, Gb200Nvl72, GpuPool, H100Node, LocalCluster, RayCluster
 
 DOMAIN_LABEL = "nvidia.com/gpu.clique"
@@ -155,8 +155,9 @@ def this_host(proc: Path = Path("/proc")) -> Topology:
     if visible is not None:
         products = products[: len([device for device in visible.split(",") if device.strip() not in ("", "-1")])]
     total = re.search(r"^MemTotal:\s*(\d+) kB", (proc / "meminfo").read_text(encoding="utf-8"), re.MULTILINE)
-    memory = int(total[1]) * 1024 / _GIB if total else 0.0
-    kind = node_type(gpu_named(products[0]), len(products)) if products else None
+    gpu = gpu_named(products[0]) if products else None
+    memory = (int(total[1]) * 1024 - numa_memory_of(gpu)[0]) / _GIB if total else 0.0
+    kind = node_type(gpu, len(products)) if products else None
     return Topology("local", (Node("host", "127.0.0.1", kind, len(products), os.cpu_count() or 1, memory),))
 
 

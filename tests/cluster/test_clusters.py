@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from functools import cache
 from math import lcm
+from pathlib import Path
 
 import pytest
 from composing import run_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.cluster.hardware import GPUS, NODES, compute_numa_nodes, gpu_named
+from rlsys.cluster.hardware import GPUS, NODES, compute_numa_nodes, gpu_named, numa_memory_of
 from rlsys.cluster.placement import Plan, assign, place
 from rlsys.cluster.shape import take_part
 from rlsys.cluster.topology import (
@@ -332,6 +334,15 @@ def test_hosts_of_another_kind_do_not_count_and_are_named() -> None:
     assert take_part(composed("cluster=ray").cluster, found(live)).gpus == 16
 
 
+def test_slurm_s_page_says_the_same_segments() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "slurm.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+ and more|\d+ to \d+|fewer) \| `--segment=(\d+)` \|$", page, re.MULTILINE)
+    assert len(rows) == 3
+    for gpus, segment in rows:
+        for count in (int(number) for number in re.findall(r"\d+", gpus) or ["31"]):
+            assert slurm_segment(count) == int(segment)
+
+
 @pytest.mark.parametrize(("gpus", "segment"), [(4, 1), (31, 1), (32, 4), (124, 4), (128, 16), (1152, 16)])
 def test_slurm_s_segment_follows_the_job_s_size(gpus: int, segment: int) -> None:
     assert slurm_segment(gpus) == segment
@@ -357,3 +368,15 @@ def test_names_of_gpus_and_memory_without_a_cpu() -> None:
     assert gpu_named("NVIDIA H100 80GB HBM3") is GPUS["H100"]
     assert gpu_named("Tesla T4") is None
     assert compute_numa_nodes({0: "0-71\n", 1: "72-143\n", 2: "\n", 10: ""}) == [0, 1]
+
+
+def test_memory_of_a_tray_s_gpus_is_not_the_host_s(tmp_path: Path) -> None:
+    for number, (cpus, total, free) in enumerate(
+        [("0-71", 480, 400), ("72-143", 480, 300), ("", 184, 180), ("", 7, 1)]
+    ):
+        node = tmp_path / f"node{number}"
+        node.mkdir()
+        (node / "cpulist").write_text(f"{cpus}\n")
+        (node / "meminfo").write_text(f"Node {number} MemTotal: {total} kB\nNode {number} MemFree:   {free} kB\n")
+    assert numa_memory_of(GPUS["GB200"], tmp_path) == (191 * 1024, 181 * 1024)
+    assert numa_memory_of(GPUS["H100"], tmp_path) == numa_memory_of(None, tmp_path) == (0, 0)

@@ -56,7 +56,7 @@ def _missing(machine: Machine, kind: Gpu | None, required: int) -> list[Issue]:
     if not count:
         fix = "choose cluster=local (CPU cores do), or run on the machine that has them"
         return [Issue("accelerator_missing", "error", f"the run needs {wanted}, and {reason}", "cluster", fix)]
-    fix = f"set trainer.ranks and rollout.workers to {count} GPUs, or choose the cluster that fits the machine"
+    fix = f"choose the cluster that fits the machine: cluster=local takes {'the one' if count == 1 else f'all {count}'}"
     what = f"the run needs {wanted}, and there {'is' if count == 1 else 'are'} {count}"
     return [Issue("accelerator_few", "error", what, "cluster", fix)]
 

@@ -23,7 +23,8 @@ from pathlib import Path
 import psutil
 
 import rlsys
-from rlsys.cluster.hardware import gpu_named
+from rlsys.cluster.hardware import gpu_named, numa_memory_of
+from rlsys.cluster.network import is_physical
 
 _MIB = 2**20
 _SMI = ("index", "name", "memory.total", "memory.free", "driver_version", "compute_cap")
@@ -53,11 +54,13 @@ class SeenGpu:
 
 @dataclass(frozen=True)
 class Interface:
-    """A network interface. gbit: of its link, 0 where the driver does not say; addresses: IPv4 and IPv6."""
+    """A network interface. gbit: of its link, 0 where the driver does not say; addresses: IPv4 and IPv6; physical: it is
+    a device, and no bridge, tunnel or container's."""
 
     up: bool
     gbit: float
     addresses: tuple[str, ...]
+    physical: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ def look() -> Machine:
     """At this host."""
     gpus, reason = gpus_here()
     memory = psutil.virtual_memory()
+    gpus_total, gpus_free = numa_memory_of(gpu_named(gpus[0].name) if gpus else None)
     limit = memory_limit() or memory.total
     shm_total, shm_free = _room(Path("/dev/shm"))
     name = socket.gethostname()
@@ -110,8 +114,8 @@ def look() -> Machine:
         driver_cuda=driver_cuda(),
         gpus=gpus,
         gpu_reason=reason,
-        memory_total=min(memory.total, limit),
-        memory_available=min(memory.available, limit),
+        memory_total=min(memory.total - gpus_total, limit),
+        memory_available=min(memory.available - gpus_free, limit),
         shm_total=shm_total,
         shm_free=shm_free,
         interfaces=interfaces(),
@@ -216,6 +220,7 @@ def interfaces() -> dict[str, Interface]:
             states[name].isup if name in states else False,
             states[name].speed / 1000 if name in states and states[name].speed < 2**31 else 0.0,
             tuple(a.address for a in addresses if a.family in (socket.AF_INET, socket.AF_INET6)),
+            is_physical(Path("/sys/class/net") / name),
         )
         for name, addresses in psutil.net_if_addrs().items()
     }

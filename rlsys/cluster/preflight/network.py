@@ -58,13 +58,16 @@ def interface(machine: Machine, *, several_hosts: bool, gbit: float = 0.0, pinne
         pinned: without being told NCCL takes the slow one there.
     """
     up = {n: i for n, i in machine.interfaces.items() if i.up and i.addresses and not _loopback(i)}
-    fastest = max(up, key=lambda name: up[name].gbit, default=None)
+    devices = [name for name in up if up[name].physical] or up  # a container's bridge says 10 Gb/s, and leads nowhere
+    fastest = max(devices, key=lambda name: up[name].gbit, default=None)
     named = {v: machine.variables[v] for v in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if machine.variables.get(v)}
     issues = []
     for variable, value in named.items():
-        for name in chosen(value, machine.interfaces):
+        names = chosen(value, machine.interfaces) if variable.startswith("NCCL") else value.split(",")
+        names = [name for name in names if name in machine.interfaces]  # gloo wants whole names
+        for name in names:
             issues += _interface_issues(variable, name, machine.interfaces.get(name), up, fastest, several_hosts, gbit)
-        if not chosen(value, machine.interfaces):
+        if not names:
             what = f"{variable}={value} matches none of this host's interfaces: {', '.join(machine.interfaces)}"
             fix = f"export {variable}={fastest or 'NAME'}"
             issues.append(Issue("interface_missing", "error", what, variable, fix))

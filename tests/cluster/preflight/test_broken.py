@@ -93,7 +93,7 @@ def test_no_gpu_where_one_is_needed() -> None:
 
 def test_fewer_gpus_than_needed() -> None:
     finding = devices.accelerator(replace(GPU_NODE, gpus=(H100,) * 3), kind=GPUS["H100"], required=8)
-    assert "there are 3" in has(finding, "accelerator_few", "cluster", "to 3 GPUs").what
+    assert "there are 3" in has(finding, "accelerator_few", "cluster", "cluster=local takes all 3").what
 
 
 def test_another_gpu_than_the_configuration_is_for() -> None:
@@ -392,6 +392,18 @@ def told(interface: str | None, **changes: Any) -> Machine:
 def test_an_interface_that_nccl_should_not_take(interface: str | None, code: str) -> None:
     finding = network.interface(told(interface), several_hosts=True, gbit=200.0, pinned=True)
     has(finding, code, "NCCL_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME=fast0")
+
+
+@pytest.mark.parametrize("value", ["=fast0", "fast", "^lo"])
+def test_gloo_wants_the_whole_name(value: str) -> None:
+    finding = network.interface(replace(GPU_NODE, variables={"GLOO_SOCKET_IFNAME": value}), several_hosts=True)
+    has(finding, "interface_missing", "GLOO_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME=fast0")
+
+
+def test_a_container_s_bridge_is_no_link_between_hosts() -> None:
+    slow = {"eth0": Interface(True, 1.0, ("10.0.0.7",)), "docker0": Interface(True, 10.0, ("172.17.0.1",), False)}
+    sound(network.interface(told("eth0", interfaces=slow), several_hosts=True))
+    has(network.interface(told("ib", interfaces=slow), several_hosts=True), "interface_missing", "NCCL", "=eth0")
 
 
 @pytest.mark.parametrize("value", ["fast0", "fast", "=fast0", "^lo,mgmt", "^=lo,mgmt0,fast1"])
