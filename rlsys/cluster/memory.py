@@ -92,8 +92,13 @@ def phases(
     }
 
 
-def check_phases(found: Mapping[str, Parts], device: Device, *, gpus: bool, placement: str) -> None:
+def check_phases(
+    found: Mapping[str, Parts], device: Device, *, gpus: bool, placement: str, unified: bool = False
+) -> None:
     """Refuses a run of which a phase does not fit.
+
+    Args:
+        unified: CPU and GPU have one memory: nothing is gained by turns or by offloading.
 
     Raises:
         UserError: which one, what it is made of, and how much is missing.
@@ -104,13 +109,14 @@ def check_phases(found: Mapping[str, Parts], device: Device, *, gpus: bool, plac
         return
     made = ", ".join(f"{name} {gib(size)}" for name, size in sorted(parts.items(), key=lambda part: -part[1]))
     whose = "a GPU" if gpus else "this machine"
-    turns = "cluster.placement=colocated, " if placement == "shared" else ""
+    turns = "cluster.placement=colocated, " if placement == "shared" and not unified else ""
+    more = "an adapter (model.lora)" if unified else "more trainer ranks with trainer.offload"
     raise UserError(
         f"{phase} needs at least {gib(needed)} GiB on {whose} ({made}), and {gib(device.free)} GiB are free: "
         f"{gib(needed - device.free)} GiB are missing",
         where="cluster.placement",
         fix=f"{turns}a smaller model, cache (rollout.kv_cache_gib, rollout.gpu_memory_fraction) or "
-        "trainer.micro_batch_tokens, or more trainer ranks with trainer.offload",
+        f"trainer.micro_batch_tokens, or {more}",
     )
 
 

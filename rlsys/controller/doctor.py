@@ -194,7 +194,7 @@ def _phases(config: RunConfig, machine: Machine, inputs: Inputs) -> Finding:
     found = phases(config, sizes, place(config, topology), device)
     if topology.unified:
         check_unified(config, found, device.total)
-    check_phases(found, device, gpus=bool(topology.gpus), placement=config.cluster.placement)
+    check_phases(found, device, gpus=bool(topology.gpus), placement=config.cluster.placement, unified=topology.unified)
     return Finding({name: f"{gib(sum(parts.values()))} GiB" for name, parts in found.items()})
 
 

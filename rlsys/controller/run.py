@@ -333,7 +333,8 @@ def _groups(
             found = phases(config, Sizes.of(inputs.model_folder, inputs.parameters), layout, device)
             if session.topology.unified:
                 check_unified(config, found, device.total)
-            check_phases(found, device, gpus=bool(session.gpus), placement=config.cluster.placement)
+            unified = session.topology.unified
+            check_phases(found, device, gpus=bool(session.gpus), placement=config.cluster.placement, unified=unified)
             observers.folder.log_event("memory plan", "bytes at least", free=device.free, **found)
         samplers = groups.rollout.starting(resolved, inputs.max_length)
         if session.gpus:  # vLLM measures the GPU while it starts, and takes what others load meanwhile for its own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +67,9 @@ def test_what_does_not_fit_is_refused_with_what_is_missing(placement: str, missi
         check_phases(found, GPU, gpus=True, placement=placement)
     assert "colocated" in str(error.value)
     assert "the trainer's moments 8.0" in str(error.value)
+    with pytest.raises(UserError) as error:
+        check_phases(found, GPU, gpus=True, placement=placement, unified=True)
+    assert not {"colocated", "trainer.offload"} & set(re.split(r"[=, ]+", str(error.value.fix)))
     check_phases(found, replace(GPU, free=29 * GIB), gpus=True, placement=placement)
 
 
