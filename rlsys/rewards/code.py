@@ -19,15 +19,23 @@ _WORDS = {
     "signal": "it crashed the interpreter",
 }
 
-# The tests run in a function whose last act is to print what the candidate was never given: a candidate that ends the
-# program early, with whatever exit code, has not passed.
-_CHECK = """
-def _check():
-    import sys
-{tests}
+# The token and the tests come by standard input and are read before the candidate begins, which finds neither there nor
+# in the file that runs. Printing the token is the last act: a candidate that ends the program early, with whatever exit
+# code, has not passed. (It shares an interpreter with its tests, though: one that searches the frames of its callers
+# finds everything.)
+_HARNESS = """
+def _run():
+    import os, sys
+    token, tests = sys.stdin.readline(), sys.stdin.read()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    write, flush = sys.stdout.write, sys.stdout.flush
+    exec(compile({candidate!r}, "program.py", "exec"), globals())
+    exec(compile(tests, "tests.py", "exec"), globals())
     {call}
-    sys.stdout.write("\\n" + sys.stdin.readline())
-_check()
+    write("\\n" + token)
+    flush()
+_run()
 """
 
 
@@ -56,7 +64,8 @@ def code(
     ``check(candidate)``, as HumanEval's do; without, they are statements that raise where the program is wrong.
 
     Args:
-        isolation: ``limits`` accepts a sandbox without namespaces, in which a program reads and sends what it likes.
+        isolation: ``limits`` accepts a sandbox without namespaces, in which a program may read, change and send what
+            this process may.
         seconds: of wall time; keep it below ``reward.timeout_s``.
         memory_mib: of all its processes together.
 
@@ -66,7 +75,7 @@ def code(
     token = secrets.token_hex(16)
     outcome = run_program(
         program(response, task),
-        stdin=f"{token}\n",
+        stdin=f"{token}\n{task['test']}\n",
         limits=Limits(seconds=seconds, memory_mib=memory_mib),
         isolation=isolation,
     )
@@ -76,12 +85,12 @@ def code(
 
 
 def program(response: str, task: dict[str, Any]) -> str:
-    """What runs in the sandbox."""
+    """What runs in the sandbox. It wants the token and the tests by standard input."""
     blocks = _BLOCK.findall(response)
-    written = str(task.get("stub") or "") + (blocks[-1] if blocks else response)
-    tests, entry = str(task["test"]), task.get("entry_point")
-    body = "\n".join(f"    {line}" for line in [f"exec({tests!r}, globals())"])
-    return written + "\n" + _CHECK.format(tests=body, call=f"check({entry})" if entry else "pass")
+    candidate = str(task.get("stub") or "") + (blocks[-1] if blocks else response)
+    entry = task.get("entry_point")
+    call = f"exec({f'check({entry})'!r}, globals())" if entry else "pass"
+    return _HARNESS.format(candidate=candidate + "\n", call=call)
 
 
 def _why(outcome: Outcome) -> str:

@@ -1,12 +1,14 @@
 """Untrusted Python programs, run where they can do no harm.
 
 A program runs under bubblewrap in namespaces of its own: no network, no other processes, no file but the interpreter's
-(which it cannot write) and a small scratch folder in memory, no environment. Limits of the kernel bound its CPU time,
-address space, file sizes and open files; what it has no limit for (all its processes together: how many, how much
-memory, how long) is looked at every few milliseconds, and the whole namespace is killed as one.
+(which it cannot write) and a small scratch folder in memory, no environment, no system call that ``seccomp`` refuses.
+Limits of the kernel bound its CPU time, address space, file sizes and open files; what it has no limit for (all its
+processes together: how many, how much memory, how long) is looked at every few milliseconds, and the whole namespace is
+killed as one. What is looked at is resident memory: pages that a program shares and gives back are bounded by its
+address space alone.
 
-Where bubblewrap does not work nothing runs, unless the caller accepts limits alone: then a program may read what its
-user may read, and talk to the network.
+Where bubblewrap does not work nothing runs, unless the caller accepts limits alone: then a program may read, change and
+delete what its user may, and talk to the network.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlsys.config.errors import UserError
+from rlsys.rewards import seccomp
 
 Isolation = Literal["namespaces", "limits"]
 Ending = Literal["exited", "timeout", "memory", "processes", "output", "signal"]
@@ -36,11 +39,15 @@ _BOX = "/box"  # a program's folder, inside
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin")  # links or folders, by distribution
 _NOBODY = "65534"
 _POLL_S = 0.005
+_END_S = 5.0  # for a namespace that was killed to be gone
+_THREADS = 16  # of a process, on average
+_OWN = 4  # bubblewrap and the first process of its namespace, both twice for ``as_nobody``
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 # Runs inside, before the program: hard limits cannot be raised again without privileges, which nobody there has.
 _BOOT = """
 import resource, sys
+{first}
 for name, value in {limits!r}:
     resource.setrlimit(getattr(resource, name), (value, value))
 del resource, name, value
@@ -49,14 +56,16 @@ import runpy
 runpy.run_path({path!r}, run_name="__main__")
 """
 
+_ENDS_WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 9); del ctypes"  # as bubblewrap's --die-with-parent does
+
 
 @dataclass(frozen=True)
 class Limits:
     """What a program may use, all its processes together unless it says otherwise.
 
     seconds: of wall time. cpu_seconds: of CPU time, of one process. memory_mib: resident; also the address space of one
-    process, with what an interpreter maps besides. processes: at once. scratch_mib: of its folder. file_mib: of one
-    file. output_kib: of what it prints, both streams.
+    process, with what an interpreter maps besides. processes: at once, with 16 threads each. scratch_mib: of its
+    folder. file_mib: of one file. output_kib: of what it prints, both streams.
     """
 
     seconds: float = 5.0
@@ -104,19 +113,29 @@ def run_program(
     with tempfile.TemporaryDirectory(prefix="rlsys-box-") as folder:
         program = Path(folder) / "program.py"
         program.write_text(source, encoding="utf-8")
-        command = [*_python(), _boot(str(program), limits)]
+        command = [*_python(), _boot(str(program), limits, first=_ENDS_WITH_PARENT)]
         return _watched(command, stdin, limits, env=_environment(folder), cwd=folder)
 
 
 def _in_namespaces(source: str, stdin: str, limits: Limits) -> Outcome:
-    program = os.memfd_create("program")  # a folder might be out of reach for the user that it will run as
+    own = {"PATH": os.environ.get("PATH", os.defpath)}
+    # In no folder, which might be out of reach for the user that it will run as.
+    with _in_memory(source.encode()) as program, _in_memory(seccomp.program()) as refused:
+        command = [*as_nobody(), *namespaced(program, refused, limits)]
+        return _watched(command, stdin, limits, env=own, fds=(program, refused))
+
+
+@contextlib.contextmanager
+def _in_memory(content: bytes) -> Iterator[int]:
+    """An open file."""
+    fd = os.memfd_create("rlsys")
     try:
-        os.write(program, source.encode())
-        os.lseek(program, 0, os.SEEK_SET)
-        own = {"PATH": os.environ.get("PATH", os.defpath)}
-        return _watched([*as_nobody(), *namespaced(program, limits)], stdin, limits, env=own, fds=(program,))
+        with open(fd, "wb", closefd=False) as file:
+            file.write(content)
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
     finally:
-        os.close(program)
+        os.close(fd)
 
 
 @lru_cache(maxsize=1)
@@ -152,11 +171,15 @@ def as_nobody() -> list[str]:
     between = [folder for folder in reversed(prefix.parents) if closed[0] in folder.parents]
     cover = ["--perms", "0755", "--tmpfs", str(closed[0])]
     cover += [part for folder in between for part in ("--dir", str(folder))] + ["--ro-bind", str(prefix), str(prefix)]
-    return ["bwrap", "--dev-bind", "/", "/", *cover, "--cap-add", "ALL", "--die-with-parent", "--", *drop]
+    # In a PID namespace of their own: those that are nobody would not hear the death of a parent that is root, and only
+    # the kernel ends them with it.
+    around = ["bwrap", "--dev-bind", "/", "/", "--unshare-pid", *cover]
+    return [*around, "--cap-add", "ALL", "--die-with-parent", "--", *drop]
 
 
-def namespaced(program: int, limits: Limits) -> list[str]:
-    """The command line that runs what the open file ``program`` holds under bubblewrap."""
+def namespaced(program: int, refused: int, limits: Limits) -> list[str]:
+    """The command line that runs what the open file ``program`` holds under bubblewrap; ``refused`` holds the filter of
+    system calls."""
     mounts: list[str] = []
     for name in _SYSTEM:
         path = Path(name)
@@ -170,7 +193,8 @@ def namespaced(program: int, limits: Limits) -> list[str]:
     size, scratch = str(limits.scratch_mib << 20), f"{_BOX}/scratch"
     return [
         "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "1000", "--gid", "1000",
-        "--cap-drop", "ALL", "--die-with-parent", "--new-session", "--hostname", "box", "--clearenv",
+        "--cap-drop", "ALL", "--seccomp", str(refused), "--die-with-parent", "--new-session", "--hostname", "box",
+        "--clearenv",
         *(part for name, value in _environment(scratch).items() for part in ("--setenv", name, value)),
         *mounts, "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache",
         "--proc", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm",
@@ -190,7 +214,7 @@ def _environment(home: str) -> dict[str, str]:
     return {"PATH": "/usr/bin:/bin", "HOME": home, "LANG": "C.UTF-8", "TMPDIR": home, "OMP_NUM_THREADS": "1"}
 
 
-def _boot(path: str, limits: Limits) -> str:
+def _boot(path: str, limits: Limits, *, first: str = "") -> str:
     memory = (limits.memory_mib << 20) + (256 << 20)  # of address space: libraries are mapped, and mostly not resident
     kernel = [
         ("RLIMIT_CPU", limits.cpu_seconds),
@@ -201,7 +225,7 @@ def _boot(path: str, limits: Limits) -> str:
         ("RLIMIT_MEMLOCK", 0),
         ("RLIMIT_MSGQUEUE", 0),
     ]
-    return _BOOT.format(limits=kernel, path=path)
+    return _BOOT.format(limits=kernel, path=path, first=first)
 
 
 def _watched(
@@ -300,33 +324,53 @@ def _close(stream: object) -> None:
 
 def _over(pid: int, limits: Limits) -> Ending | None:
     """Which limit all processes together are over."""
-    memory = 0
-    for count, each in enumerate(_tree(pid), start=1):
-        if count > limits.processes + 2:  # bubblewrap, and the first process of its namespace
+    memory = threads = 0
+    most = limits.processes + _OWN
+    for count, (each, its) in enumerate(_tree(pid), start=1):
+        threads += its
+        if count > most or threads > _THREADS * most:
             return "processes"
         with contextlib.suppress(OSError, ValueError, IndexError):
             memory += int(Path(f"/proc/{each}/statm").read_text(encoding="ascii").split()[1]) * _PAGE
     return "memory" if memory > limits.memory_mib << 20 else None
 
 
-def _tree(pid: int) -> Iterator[int]:
-    """A process and all below it. In a PID namespace orphans are adopted by its first process: none gets lost."""
+def _tree(pid: int) -> Iterator[tuple[int, int]]:
+    """A process and all below it, each with how many threads it has. In a PID namespace orphans are adopted by its
+    first process: none gets lost."""
     waiting = [pid]
     while waiting:
         each = waiting.pop()
-        yield each
+        tasks: list[str] = []
         with contextlib.suppress(OSError):
-            for task in os.listdir(f"/proc/{each}/task"):
-                with contextlib.suppress(OSError), open(f"/proc/{each}/task/{task}/children", encoding="ascii") as file:
-                    waiting += [int(child) for child in file.read().split()]
+            tasks = os.listdir(f"/proc/{each}/task")
+        yield each, len(tasks)
+        for task in tasks:
+            with contextlib.suppress(OSError), open(f"/proc/{each}/task/{task}/children", encoding="ascii") as file:
+                waiting += [int(child) for child in file.read().split()]
+
+
+def _depth(pid: int) -> int:
+    """In how many PID namespaces, each in another, a process is."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+        return next((len(line.split()) - 1 for line in file if line.startswith("NSpid:")), 0)
+    return 0
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kills what is left. The end of a namespace's first process is the end of all in it."""
-    left = list(_tree(process.pid)) if process.poll() is None else []
+    """Kills what is left. With its first process the kernel ends a namespace; bubblewrap, which waits for that, ends
+    last, so that nothing outlives it, not even as a zombie that somebody else would have to bury."""
+    left = [each for each, _ in _tree(process.pid)] if process.poll() is None else []
+    outside = _depth(process.pid)
+    inside = [each for each in left if _depth(each) > outside]
+    for first in inside[:1]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(first, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_END_S)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    for each in left[1:]:
+    for each in () if inside else left[1:]:  # without namespaces, those that left its group
         with contextlib.suppress(ProcessLookupError):
             os.kill(each, signal.SIGKILL)
     process.wait()

@@ -71,6 +71,10 @@ def test_the_last_block_of_a_response_is_the_program() -> None:
         ("import sys; sys.exit(0)", "before its tests"),
         ("import os; os._exit(0)", "before its tests"),
         ("print('\\n' + '0' * 32)\nimport os; os._exit(0)", "before its tests"),
+        ("import sys\nprint('\\n' + sys.stdin.readline(), end='')\nsys.exit(0)", "before its tests"),
+        ("import os\nos.write(1, b'\\n' + os.read(0, 33))\nos._exit(0)", "before its tests"),
+        ("print('\\n' + input())\nexit()", "EOFError"),
+        ("def f(x): return 2 if 'f(1) ' + '== 2' in open('/box/program.py').read() else 1", "AssertionError"),
         ("def f(x): return 1", "AssertionError"),
         ("def f(x):\n  while True: pass", "in time"),
         ("def f(x): return [0] * 10**9", "MemoryError"),
@@ -83,6 +87,13 @@ def test_what_does_not_pass_says_why(response: str, reason: str) -> None:
     result = code(response, {"test": "assert f(1) == 2"}, seconds=2.0)
     assert result.score == 0.0
     assert reason in (result.feedback or "")
+
+
+def test_what_a_program_prints_or_does_with_its_output_is_its_own_affair() -> None:
+    task = {"test": "assert f(1) == 2", "entry_point": None}
+    assert code("print('x', end='')\ndef f(x): return 2 * x", task).score == 1.0
+    assert code("import io, sys\nsys.stdout = io.StringIO()\ndef f(x): return 2 * x", task).score == 1.0
+    assert code("from __future__ import annotations\nimport sys\ndef f(x: Any): return 2 * x", task).score == 1.0
 
 
 def test_an_isolation_that_is_none_is_refused_before_a_run() -> None:

@@ -15,9 +15,11 @@ import psutil
 import pytest
 
 from rlsys.config.errors import UserError
+from rlsys.rewards import seccomp
 from rlsys.rewards.sandbox import Limits, Outcome, check_namespaces, run_program
 
-LIMITS = Limits(seconds=0.9, cpu_seconds=2, memory_mib=128, processes=8, scratch_mib=8, file_mib=4, output_kib=32)
+MARK = 1_000_000 + os.getpid()  # a limit that nothing meets: in the command line of every process of a sandbox
+LIMITS = Limits(seconds=0.9, cpu_seconds=MARK, memory_mib=128, processes=8, scratch_mib=8, file_mib=4, output_kib=32)
 SLACK_S = 6.0  # on a machine that runs other tests too
 
 
@@ -70,6 +72,33 @@ _SECTIONS = (Path(__file__).parent / "hostile_programs.txt").read_text(encoding=
 HOSTILE = dict(section.split("\n", 1) for section in _SECTIONS)
 
 
+def left_behind() -> list[int]:
+    """Processes of sandboxes, whoever adopted them. One that ended by itself takes the others along a moment later."""
+    deadline = time.monotonic() + SLACK_S
+    while found := [p.pid for p in psutil.process_iter() if str(MARK) in " ".join(_command(p))]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return found
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_a_process_that_is_left_behind_would_be_found() -> None:
+    started = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(60) # {MARK}"])
+    try:
+        assert any(str(MARK) in " ".join(_command(p)) for p in psutil.process_iter())
+    finally:
+        started.kill()
+        started.wait()
+    assert not left_behind()
+
+
 def run(source: str, host: Host) -> Outcome:
     filled = (
         source.replace("SECRET", str(host.secret))
@@ -90,6 +119,7 @@ def test_a_hostile_program_gets_nowhere(name: str, host: Host) -> None:
     assert len(outcome.stdout) + len(outcome.stderr) <= 2 * LIMITS.output_kib << 10
     assert host.untouched()
     assert {p.pid for p in psutil.Process().children(recursive=True)} <= before, "something outlived its program"
+    assert not left_behind()
     assert not Path("/tmp/left").exists()
 
 
@@ -104,6 +134,11 @@ def test_the_next_program_finds_nothing_of_the_last(host: Host) -> None:
     [
         ("while True: pass", "timeout"),
         ("import os\nwhile True: os.fork()", "processes"),
+        (
+            "import threading, time\nthreading.stack_size(32768)\n"
+            "while True: threading.Thread(target=time.sleep, args=(60,)).start()",
+            "processes",
+        ),
         (
             "import os, time\nfor _ in range(4):\n  if os.fork() == 0: break\nx = bytearray(60 << 20); time.sleep(60)",
             "memory",
@@ -135,6 +170,38 @@ def test_limits_alone_are_a_choice_and_hold_too(host: Host) -> None:
     assert run_program("while True: pass", limits=LIMITS, isolation="limits").ending == "timeout"
     outcome = run_program("x = []\nwhile True: x.append(bytearray(1 << 20))", limits=LIMITS, isolation="limits")
     assert outcome.ending == "memory" or "MemoryError" in outcome.stderr
+
+
+def running(caller: int) -> bool:
+    """Whether a program of its has come as far as its interpreter."""
+    commands = [_command(p) for p in psutil.Process(caller).children(recursive=True)]
+    return any(str(MARK) in words[-1] and words[0] not in ("bwrap", "setpriv") for words in commands if words)
+
+
+@pytest.mark.parametrize("isolation", ["namespaces", "limits"])
+def test_a_killed_caller_takes_its_program_along(isolation: str) -> None:
+    code = (
+        "from rlsys.rewards.sandbox import Limits, run_program\n"
+        f"run_program('import time; time.sleep(600)', limits=Limits(seconds=600, cpu_seconds={MARK}), "
+        f"isolation={isolation!r})"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        deadline = time.monotonic() + 60
+        while not running(caller.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.3)  # its interpreter has begun by now
+    finally:
+        caller.kill()
+        caller.wait()
+    assert not left_behind()
+
+
+def test_a_machine_whose_calls_are_not_known_runs_nothing() -> None:
+    assert len(seccomp.program("aarch64")) == len(seccomp.program("x86_64"))
+    with pytest.raises(UserError, match="riscv64"):
+        seccomp.program("riscv64")
 
 
 def test_without_bubblewrap_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
