@@ -36,11 +36,11 @@ from benchmarks.planner_cases import CALIBRATED, JUDGED, QUICK, Case
 from benchmarks.planner_published import published
 from rlsys.cluster.planner import calibration
 from rlsys.cluster.planner.calibration import Calibration, Coefficients
-from rlsys.cluster.planner.command import compose
 from rlsys.cluster.planner.fitting import fit_memory, fit_rates
 from rlsys.cluster.planner.plan import Question, RunPlan, plan_run
 from rlsys.cluster.planner.shape import read_shape
 from rlsys.cluster.topology import expected
+from rlsys.config.compose import compose_run
 from rlsys.engines.flops import matmul_peak
 from rlsys.tracking.metrics import read_metrics
 
@@ -130,7 +130,7 @@ def question(case: Case, threads: int, known: Calibration) -> Question:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         shape = read_shape(case.write_config(work / "model"))
-        config = compose(rlsys_overrides(task_of(case, work, threads)))
+        config = compose_run(rlsys_overrides(task_of(case, work, threads)))
     mean = min(32.0, case.limit) if case.stops else float(case.limit)
     if case.stops:
         mean = case.mean

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import report
-from rlsys.cluster.planner.command import compose
 from rlsys.cluster.planner.plan import Question, RunPlan, plan_run
 from rlsys.cluster.planner.shape import from_config
 from rlsys.cluster.topology import expected
+from rlsys.config.compose import compose_run
 
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -58,7 +58,7 @@ def plan_of(row: Published) -> RunPlan:
     of several have half of the GPUs to themselves, which is how rlsys runs them."""
     gpus = 8 * row.nodes
     apart = row.tensor > 1
-    config = compose([
+    config = compose_run([
         "+recipe=grpo_qwen", "model=hub", "model.path=none", "data=gsm8k", "data.path=none", "cluster=gpu_pool",
         f"cluster.nodes={row.nodes}", f"cluster.placement={'disaggregated' if apart else 'colocated'}",
         "data.prompts_per_step=64", "rollout.samples_per_prompt=32", "data.max_prompt_tokens=512",

@@ -23,6 +23,15 @@ def page_cache_bytes(config: RunConfig) -> int:
     return int(cluster.page_cache_gib * _GIB) if isinstance(cluster, Gb10 | Gb10Pair) else 0
 
 
+def usable_bytes(config: RunConfig, total: int) -> int:
+    """What trainer and sampler may have together: .85 of all, or less where the page cache is given more.
+
+    Args:
+        total: bytes of the host's memory.
+    """
+    return max(min(int(GB10_SAMPLER_CEILING * total), total - page_cache_bytes(config)), 0)
+
+
 def sampler_share(config: RunConfig, trainer: Parts, total: int) -> float:
     """The most that ``rollout.gpu_memory_fraction`` may be: .85 less the trainer's share, and what the page cache
     leaves.
@@ -31,9 +40,7 @@ def sampler_share(config: RunConfig, trainer: Parts, total: int) -> float:
         trainer: bytes of what the trainer has on the sampler's host, reference and critic with it.
         total: bytes of the host's memory.
     """
-    beside = sum(trainer.values())
-    ceiling = min(GB10_SAMPLER_CEILING * total, total - page_cache_bytes(config))
-    return max(ceiling - beside, 0) / total
+    return max(usable_bytes(config, total) - sum(trainer.values()), 0) / total
 
 
 def check_unified(config: RunConfig, found: Mapping[str, Parts], total: int) -> None:

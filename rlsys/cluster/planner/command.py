@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +41,15 @@ def handle(arguments: argparse.Namespace) -> int:
     out: Path | None = arguments.json
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"there is no folder '{out.parent}'", where="--json", fix="make it first")
-    config = compose(arguments.overrides)
     from rich.console import Console
 
     from rlsys.cluster.planner import advice, drawing
     from rlsys.cluster.planner.plan import Question, plan_run, report
     from rlsys.cluster.planner.shape import read_shape, shape_of
     from rlsys.cluster.topology import expected
+    from rlsys.config.compose import compose_run
 
+    config = compose_run(arguments.overrides)
     shape = read_shape(arguments.shape) if arguments.shape else shape_of(config.model.path)
     asked = Question(
         config, shape, expected(config.cluster), arguments.prompt_tokens, arguments.response_tokens,
@@ -64,29 +64,3 @@ def handle(arguments: argparse.Namespace) -> int:
         content = report(plan) | {"advice": said, "fits_with": rescue.text if rescue else None}
         out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return FITS if plan.memory.fits else DOES_NOT_FIT
-
-
-def compose(overrides: Sequence[str]) -> Any:
-    """The configuration of a command line, checked.
-
-    Raises:
-        UserError: as ``python -m rlsys.launch`` would.
-    """
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from rlsys.config.assets import asset
-    from rlsys.config.build import build
-    from rlsys.config.compose import explain, open_overrides, overridden_keys, register_schemas, to_plain
-    from rlsys.config.ignored import refuse_ignored
-
-    register_schemas()
-    try:
-        with hydra.initialize_config_dir(str(asset("configs")), version_base="1.3"):
-            composed = hydra.compose("config", overrides=open_overrides(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error) from None
-    config = build(to_plain(composed))
-    refuse_ignored(config, overridden_keys(overrides))
-    return config

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rlsys.algorithms.requirements import needs_critic, needs_reference_worker
 from rlsys.cluster.memory import INPUTS, Beyond, Device, Parts, phases
 from rlsys.cluster.planner.workload import BYTES, Work
+from rlsys.cluster.unified import usable_bytes
 from rlsys.config.sampler import sampler_ranks
 from rlsys.config.schema import VllmRollout
 
@@ -18,7 +19,8 @@ _SYNC_BUCKET = 512 * _MIB
 
 @dataclass(frozen=True)
 class Memory:
-    """phases: by phase, bytes by part on the fullest GPU, or on the host; capacity: of it. main: bytes by part in the
+    """phases: by phase, bytes by part on the fullest GPU, or on the host; capacity: of it, or what a run
+    may have of it. main: bytes by part in the
     main memory of a host of GPUs, empty where host and GPU have one memory or the host is the device; main_capacity: of
     that."""
 
@@ -42,7 +44,8 @@ def memory(work: Work) -> Memory:
     found = phases(work.config, work.shape.sizes, work.layout, device, beyond(work))
     unified = work.machine.gpu is not None and work.machine.gpu.unified
     aside = {} if not work.gpus or unified else _main_memory(work)
-    return Memory({name: dict(parts) for name, parts in found.items()}, work.machine.total, aside, work.machine.main)
+    capacity = usable_bytes(work.config, work.machine.total) if unified else work.machine.total
+    return Memory({name: dict(parts) for name, parts in found.items()}, capacity, aside, work.machine.main)
 
 
 def beyond(work: Work) -> Beyond:

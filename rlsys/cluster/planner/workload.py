@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlsys.cluster.hardware import Gpu, NodeType
+from rlsys.cluster.hardware import Gpu
 from rlsys.cluster.placement import Plan
 from rlsys.cluster.planner.calibration import Calibration, Coefficients
 from rlsys.cluster.planner.lengths import response_lengths
 from rlsys.cluster.planner.shape import ModelShape
-from rlsys.cluster.topology import Topology
+from rlsys.cluster.topology import Node, Topology
 from rlsys.config.errors import UserError
 from rlsys.config.schema import RunConfig
 
@@ -133,9 +133,8 @@ def _machine(
     config: RunConfig, topology: Topology, layout: Plan, known: Coefficients, dollars: float | None
 ) -> Machine:
     kinds = [node.type for node in topology.nodes]
-    hourly = sum(dollars if dollars is not None else _hourly(kind) for kind in kinds)
+    hourly = sum(dollars if dollars is not None else _hourly(node) for node in topology.nodes)
     main = int(min(node.memory_gib for node in topology.nodes) * _GIB)
-    page_cache = int(getattr(config.cluster, "page_cache_gib", 0.0) * _GIB)
     if not layout.bundles:
         flops, sampling = (
             known.peak_gflops[dtype] * 1e9 * layout.of(role)[0].threads
@@ -151,7 +150,7 @@ def _machine(
         _tflops(gpu, config.model.dtype) * 1e12,
         _tflops(gpu, config.rollout.dtype) * 1e12,
         gpu.bandwidth_gbs * 1e9,
-        int(gpu.memory_gib * _GIB) - (page_cache if gpu.unified else 0),
+        int(gpu.memory_gib * _GIB),
         (kind.link_gbs or kind.network_gbs) * 1e9,
         kind.network_gbs / kind.gpus * 1e9,
         main,
@@ -163,5 +162,9 @@ def _tflops(gpu: Gpu, dtype: str) -> float:
     return gpu.tflops.get(dtype) or gpu.tflops["bfloat16"] / 2
 
 
-def _hourly(kind: NodeType | None) -> float:
-    return kind.dollars_per_hour if kind is not None else 0.0
+def _hourly(node: Node) -> float:
+    """Of a node that has fewer GPUs than its kind, that share of the price: others have the rest."""
+    kind = node.type
+    if kind is None:
+        return 0.0
+    return kind.dollars_per_hour * (min(node.gpus / kind.gpus, 1.0) if kind.gpus else 1.0)

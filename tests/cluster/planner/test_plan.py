@@ -19,6 +19,7 @@ from rlsys.cluster.planner.needs import total
 from rlsys.cluster.planner.plan import Question, RunPlan, plan_run, report
 from rlsys.cluster.planner.shape import from_config
 from rlsys.cluster.topology import expected
+from rlsys.cluster.unified import sampler_share
 from rlsys.config.errors import UserError
 
 QWEN3 = {
@@ -125,6 +126,20 @@ def test_what_waits_in_main_memory_is_counted_there() -> None:
     assert spark.memory.capacity < 120 * 2**30 - 15 * 2**30
 
 
+@pytest.mark.parametrize("page_cache", [4, 40])
+def test_of_one_memory_a_plan_gives_the_sampler_what_a_run_would(page_cache: int) -> None:
+    cluster = f"cluster.page_cache_gib={page_cache}"
+    plan = plan_run(question(*REAL[:-1], "rollout.gpu_memory_fraction=0.3", cluster, cluster="gb10"))
+    (parts,) = plan.memory.phases.values()
+    whole = plan.work.machine.total
+    assert parts["the sampler's weights"] + parts["the sampler's cache"] == pytest.approx(0.3 * whole, rel=1e-6)
+    others = {name: size for name, size in parts.items() if not name.startswith("the sampler's")}
+    most = sampler_share(plan.work.config, others, whole)
+    for more, fits in ((-0.001, True), (0.001, False)):
+        asked = question(*REAL[:-1], f"rollout.gpu_memory_fraction={most + more}", cluster, cluster="gb10")
+        assert plan_run(asked).memory.fits == fits
+
+
 def test_phases_are_those_of_the_run_and_add_up() -> None:
     plain, more = (
         planned(),
@@ -155,6 +170,11 @@ def test_the_price_is_that_of_all_nodes() -> None:
     assert plan.dollars == pytest.approx(10.0 * plan.step_s / 3.6)
     pool = planned("cluster.nodes=4", cluster="gpu_pool", dollars_per_hour=10.0)
     assert pool.dollars == pytest.approx(40.0 * pool.step_s / 3.6)
+    hourly = [
+        planned("cluster.nodes=2", f"cluster.gpus_per_node={gpus}", cluster="gpu_pool").work.machine.dollars
+        for gpus in (4, 8)
+    ]
+    assert hourly[0] == pytest.approx(hourly[1] / 2), "others have the rest of those nodes"
 
 
 def test_advice_is_better_by_its_own_account() -> None:
