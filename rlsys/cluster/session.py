@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,11 +24,32 @@ from rlsys.config.clusters import ClusterConfig, Gb10, address_of
 from rlsys.config.errors import UserError
 
 _CONNECT_S = 30
-_LOOK_S = 60  # a host starts a first process for it
+_LOOK_S = 120  # a host starts a first process for it, and reads its packages from a slow disk
 INLINE_BYTES = 16 << 10
 """Larger answers stay in the object store. Ray's own limit of 100 KiB would keep shards of a few samples in the
 driver's memory, and send their tokens on from there."""
 _POLL_S = 0.5
+
+
+class HostsFailed(UserError):
+    """Hosts of the cluster on which rlsys does not run.
+
+    Args:
+        failed: by host, why, as far as it is known.
+    """
+
+    def __init__(self, failed: Mapping[str, str]):
+        said = "; ".join(f"{host}: {why.strip().splitlines()[-1]}" for host, why in failed.items())
+        super().__init__(
+            f"rlsys does not run on every host of the cluster: {said}",
+            where="cluster",
+            fix="install the same rlsys and Python on every host, or give them with submit=FILE (working_dir); of one "
+            "that is silent see `ray status` and its logs",
+        )
+        self.failed = dict(failed)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.failed,)
 
 
 @dataclass(frozen=True)
@@ -133,26 +155,25 @@ def _looks(hosts: Sequence[Node]) -> dict[str, HostLook]:
     """What every host says of itself.
 
     Raises:
-        UserError: one does not answer.
+        HostsFailed: some do not answer, or have no rlsys.
     """
     task = ray.remote(num_cpus=0, max_retries=0)(look)
     asked = [task.options(scheduling_strategy=_on(node.id)).remote() for node in hosts]
     _, late = ray.wait(asked, num_returns=len(asked), timeout=_LOOK_S)
-    if late:
-        silent = ", ".join(node.address for node, ref in zip(hosts, asked, strict=True) if ref in late)
-        raise UserError(
-            f"these hosts of the cluster do not start a process within {_LOOK_S} s: {silent}",
-            where="cluster",
-            fix="look at `ray status` and the logs there; rlsys must be installed on every host",
-        )
-    try:
-        return dict(zip((node.id for node in hosts), ray.get(asked), strict=True))
-    except ray.exceptions.RayError as error:
-        raise UserError(
-            f"a host of the cluster cannot run rlsys: {str(error).strip().splitlines()[-1]}",
-            where="cluster",
-            fix="install the same rlsys and Python on every host, or give them with submit=FILE (working_dir)",
-        ) from error
+    addresses = Counter(node.address for node in hosts)
+    looks, failed = dict[str, HostLook](), dict[str, str]()
+    for node, ref in zip(hosts, asked, strict=True):
+        name = node.address if addresses[node.address] == 1 else f"{node.address} ({node.id[:8]})"
+        if ref in late:
+            failed[name] = f"it started no process within {_LOOK_S} s"
+            continue
+        try:
+            looks[node.id] = ray.get(ref)
+        except ray.exceptions.RayError as error:
+            failed[name] = str(error)
+    if failed:
+        raise HostsFailed(failed)
+    return looks
 
 
 def _on(node: str) -> NodeAffinitySchedulingStrategy:

@@ -19,7 +19,7 @@ from rlsys.cluster.placement import place
 from rlsys.cluster.preflight import devices, network, nodes, software, storage
 from rlsys.cluster.preflight.machine import Machine, look, torch_architectures
 from rlsys.cluster.preflight.report import NAME, Finding, Issue, PreflightFailed, Probe, Report, run_probes
-from rlsys.cluster.session import Session, connect, object_store_bytes
+from rlsys.cluster.session import HostsFailed, Session, connect, object_store_bytes
 from rlsys.cluster.topology import Topology, expected
 from rlsys.cluster.unified import check_unified
 from rlsys.config.clusters import Gb10Pair, LocalCluster, address_of
@@ -311,8 +311,11 @@ def _examine_cluster(config: RunConfig, machine: Machine, *, bandwidth: bool) ->
 
                 more.append(Probe("network rates", lambda: rates.network_rates(ray.nodes(), expected_gbs=gbs)))
             return report.joined(run_probes(more))
-    except UserError as error:
-        return Report((*run_probes([Probe("cluster", partial(_raised, error), "ray_unreachable")]).probes,))
+    except HostsFailed as error:
+        return run_probes([Probe("nodes", partial(nodes.answered, nodes.Looked({}, {}, error.failed)))])
+    except UserError as error:  # it is not there, or not what the configuration says
+        code = "ray_unreachable" if error.where == "cluster.address" else "placement_impossible"
+        return run_probes([Probe("cluster", partial(_raised, error), code)])
 
 
 def _raised(error: UserError) -> Finding:
@@ -323,7 +326,8 @@ def _rates(config: RunConfig | None) -> Sequence[Probe]:
     from rlsys.cluster.preflight import bandwidth as rates
 
     root = storage.existing(Path(config.run_root) if config is not None else Path.cwd())
-    kinds = [node.type for node in expected(config.cluster).nodes if node.type is not None] if config else []
+    here = config is not None and address_of(config.cluster) is None  # else the kind is that of other hosts
+    kinds = [node.type for node in expected(config.cluster).nodes if node.type is not None] if config and here else []
     kind = kinds[0] if kinds else None
     return [
         Probe("memory rates", rates.memory_rates),
