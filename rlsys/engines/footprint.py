@@ -12,9 +12,12 @@ def gib(nbytes: int) -> str:
 
 
 def free_and_total(device: torch.device) -> tuple[int, int]:
-    """Bytes of a GPU, or of this host's memory."""
+    """Bytes of a GPU, or of this host's memory. Where they are one, CUDA counts what the page cache would give back as
+    taken, and the host knows better."""
+    memory = psutil.virtual_memory()
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
+        if torch.cuda.get_device_properties(device).is_integrated:
+            free = min(max(free, memory.available), total)
         return int(free), int(total)
-    memory = psutil.virtual_memory()
     return int(memory.available), int(memory.total)

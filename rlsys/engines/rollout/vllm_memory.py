@@ -63,7 +63,7 @@ def concurrent_sequences(vllm_config: VllmConfig, folder: Path, config: VllmRoll
 
 
 def _gpu_share(config: VllmRollout) -> int:
-    free, total = torch.cuda.mem_get_info()
+    free, total = free_and_total(torch.device("cuda"))
     return min(free, int(total * config.gpu_memory_fraction))
 
 
