@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rlsys.cluster.hardware import NODES
 from rlsys.cluster.topology import DOMAIN_LABEL, DOMAIN_RESOURCE, Node, Topology
 from rlsys.config.errors import UserError
 from rlsys.config.sampler import sampler_ranks
@@ -130,11 +131,14 @@ def _check_group(config: RunConfig, topology: Topology, group: int) -> None:
     domain = max(sum(node.gpus for node in nodes) for nodes in topology.domains().values())
     if group > domain:
         key = "trainer.sequence_ranks" if config.trainer.sequence_ranks > domain else "trainer.shard_ranks"
+        fix = f"set {key} to a divisor of {domain}"
+        if any(node.domain is None and node.type is NODES["gb200_tray"] for node in topology.nodes):
+            fix += f", or start Ray on each tray with its label {DOMAIN_LABEL}: some do not say which rack they are in"
         raise UserError(
             f"{group} neighbouring ranks hold rows or weights together and have to be in one NVLink domain, of which "
             f"the largest has {domain} GPUs",
             where=key,
-            fix=f"set {key} to a divisor of {domain}",
+            fix=fix,
         )
 
 

@@ -292,8 +292,6 @@ def handle(arguments: argparse.Namespace) -> int:
     if asked.get("seed", 0) < 0:
         raise UserError("a seed is not negative", where="--seed", fix="give 0 or more")
     folder, config, checkpoint = _begin(arguments.resume, arguments.run_root, asked)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("torch sees no GPU", where="--device cuda", fix="leave --device out; `rlsys doctor` says why")
     with folder:
         said = run(folder, config, checkpoint=checkpoint, stop_after=arguments.stop_after)
     if arguments.json is not None:
@@ -310,6 +308,7 @@ def _begin(resume: str | None, run_root: Path, asked: dict[str, Any]) -> tuple[R
     """
     if resume is None:
         config = FixtureConfig(**asked)
+        _check_device(config)
         return RunFolder.create(run_root, NAME, config), config, None
     point = resolve_resume(resume, run_root, NAME)
     if point is None:
@@ -323,6 +322,7 @@ def _begin(resume: str | None, run_root: Path, asked: dict[str, Any]) -> tuple[R
             fix = f"leave --{name} out, or begin a new run"
             raise UserError(f"the run was made with {name} {getattr(before, name)}", where=f"--{name}", fix=fix)
     config = replace(before, **asked)
+    _check_device(config)
     store = CheckpointStore(point.run.checkpoints, keep_last=2, keep_best=False)
     found = store.verify(point.checkpoint) if point.checkpoint is not None else store.latest()
     if found is None:
@@ -334,6 +334,11 @@ def _begin(resume: str | None, run_root: Path, asked: dict[str, Any]) -> tuple[R
             fix=f"give --steps more than {found.step}, or leave --resume out",
         )
     return point.run, config, found.path
+
+
+def _check_device(config: FixtureConfig) -> None:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("torch sees no GPU", where="--device cuda", fix="leave --device out; `rlsys doctor` says why")
 
 
 def _show(console: Console, folder: Path, config: FixtureConfig, said: dict[str, Any]) -> None:

@@ -165,8 +165,7 @@ def _supervise(
             session = stack.enter_context(connect(config.cluster, weights_bytes=_sampler_bytes(config, inputs)))
             _heed_signals(stop)  # Ray has put a handler of SIGTERM in place that ends the process at once
             refuse_ignored_on(session.gpus, overridden_keys(overrides))
-            found = f"Ray with {session.cores} CPUs and {session.gpus} GPUs"
-            observers.folder.log_event("cluster", found, logs=session.logs)
+            observers.folder.log_event("cluster", f"Ray with {session.said}", logs=session.logs)
             if session.nodes > 1:
                 check_cluster(config, session, observers.folder.path, stop)
             hosts = present() if session.nodes > 1 else {}

@@ -215,6 +215,14 @@ def test_what_does_not_fit_says_what_is_short(wanted: RunConfig, topology: Topol
     assert error.value.fix
 
 
+def test_trays_that_do_not_say_their_rack_are_asked_to() -> None:
+    trays = [replace(node, domain=None, labels={}) for node in racks([18]).nodes]
+    for nodes, asked in ((trays, True), (racks([1, 1]).nodes, False)):
+        with pytest.raises(UserError, match="the largest has 4 GPUs") as error:
+            place(config(8, sequence=8), Topology("ray", tuple(nodes)))
+        assert (DOMAIN_LABEL in str(error.value.fix)) == asked
+
+
 def test_what_would_fit_is_named_and_does() -> None:
     topology = racks([10, 10, 3])
     with pytest.raises(UserError, match=r"trainer\.ranks=64"):

@@ -54,8 +54,8 @@ class SeenGpu:
 
 @dataclass(frozen=True)
 class Interface:
-    """A network interface. gbit: of its link, 0 where the driver does not say; addresses: IPv4 and IPv6; physical: it is
-    a device, and no bridge, tunnel or container's."""
+    """A network interface. gbit: of its link, 0 where the driver does not say; addresses: IPv4 and IPv6; physical:
+    it is a device, and no bridge, tunnel or container's."""
 
     up: bool
     gbit: float
