@@ -100,7 +100,7 @@ def look() -> Machine:
     gpus, reason = gpus_here()
     memory = psutil.virtual_memory()
     gpus_total, gpus_free = numa_memory_of(gpu_named(gpus[0].name) if gpus else None)
-    limit = memory_limit() or memory.total
+    limit, left = memory_limit() or (memory.total, memory.available)
     shm_total, shm_free = _room(Path("/dev/shm"))
     name = socket.gethostname()
     return Machine(
@@ -115,7 +115,7 @@ def look() -> Machine:
         gpus=gpus,
         gpu_reason=reason,
         memory_total=min(memory.total - gpus_total, limit),
-        memory_available=min(memory.available - gpus_free, limit),
+        memory_available=min(memory.available - gpus_free, left),
         shm_total=shm_total,
         shm_free=shm_free,
         interfaces=interfaces(),
@@ -226,12 +226,18 @@ def interfaces() -> dict[str, Interface]:
     }
 
 
-def memory_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that a container's control group allows; None: it has no limit of its own."""
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+def memory_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
+    """Bytes that a container's control group allows, and those of them that are left: files that were read are given
+    up when others need the room. None: it has no limit of its own."""
+    for names in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
         with suppress(OSError, ValueError):
-            limit = int((cgroup / name).read_text())
-            return limit if limit < 2**60 else None
+            limit, used = (int((cgroup / name).read_text()) for name in names[:2])
+            stat = dict(line.split() for line in (cgroup / names[2]).read_text().splitlines())
+            files = sum(int(stat.get(f"total_{kind}", stat.get(kind, 0))) for kind in ("active_file", "inactive_file"))
+            return (limit, max(limit - max(used - files, 0), 0)) if limit < 2**60 else None
     return None
 
 

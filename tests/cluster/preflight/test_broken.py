@@ -20,7 +20,15 @@ from model_folders import make_model_folder
 
 from rlsys.cluster.hardware import GPUS
 from rlsys.cluster.preflight import devices, network, nodes, software, storage
-from rlsys.cluster.preflight.machine import Interface, Machine, SeenGpu, look, parse_gpus, visible_gpus
+from rlsys.cluster.preflight.machine import (
+    Interface,
+    Machine,
+    SeenGpu,
+    look,
+    memory_limit,
+    parse_gpus,
+    visible_gpus,
+)
 from rlsys.cluster.preflight.report import Finding, Issue
 from rlsys.data.manifest import write_manifest
 
@@ -348,6 +356,16 @@ def test_shared_memory_of_a_container_with_its_default() -> None:
 def test_memory_that_others_have() -> None:
     full = replace(HERE, memory_total=64 * GIB, memory_available=GIB)
     has(storage.memory(full), "memory_tight", "memory", "end other processes", "warning")
+
+
+def test_a_container_s_limit_and_what_is_left_of_it(tmp_path: Path) -> None:
+    assert memory_limit(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 400\nactive_file 100\ninactive_file 200\n")
+    assert memory_limit(tmp_path) == (1000, 600)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory_limit(tmp_path) is None
 
 
 def test_limits_that_ray_runs_into(tmp_path: Path) -> None:
