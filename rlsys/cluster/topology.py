@@ -151,14 +151,28 @@ def this_host(proc: Path = Path("/proc")) -> Topology:
     for path in sorted((proc / "driver" / "nvidia" / "gpus").glob("*/information")):
         model = re.search(r"^Model:\s*(.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
         products.append(model[1] if model else "")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        products = products[: len([device for device in visible.split(",") if device.strip() not in ("", "-1")])]
+    products = [products[number] for number in visible_devices(len(products), os.environ.get("CUDA_VISIBLE_DEVICES"))]
     total = re.search(r"^MemTotal:\s*(\d+) kB", (proc / "meminfo").read_text(encoding="utf-8"), re.MULTILINE)
     gpu = gpu_named(products[0]) if products else None
     memory = (int(total[1]) * 1024 - numa_memory_of(gpu)[0]) / _GIB if total else 0.0
     kind = node_type(gpu, len(products)) if products else None
     return Topology("local", (Node("host", "127.0.0.1", kind, len(products), os.cpu_count() or 1, memory),))
+
+
+def visible_devices(count: int, visible: str | None) -> list[int]:
+    """Which of ``count`` GPUs ``CUDA_VISIBLE_DEVICES`` leaves: numbers up to the first that does not exist, as CUDA
+    reads it; names (``GPU-…``, ``MIG-…``) are counted. None: it is not set."""
+    if visible is None:
+        return list(range(count))
+    kept: list[int] = []
+    for word in (word.strip() for word in visible.split(",")):
+        if word.startswith(("GPU-", "MIG-")) and len(kept) < count:
+            kept.append(len(kept))
+        elif word.isdigit() and int(word) < count:
+            kept.append(int(word))
+        else:
+            break
+    return kept
 
 
 def slurm_segment(gpus: int) -> int:

@@ -26,6 +26,8 @@ from rlsys.cluster.topology import (
     fabric_domain,
     found,
     slurm_segment,
+    this_host,
+    visible_devices,
 )
 from rlsys.config.errors import UserError
 from rlsys.config.schema import RunConfig
@@ -388,3 +390,23 @@ def test_memory_of_a_tray_s_gpus_is_not_the_host_s(tmp_path: Path) -> None:
         (node / "meminfo").write_text(f"Node {number} MemTotal: {total} kB\nNode {number} MemFree:   {free} kB\n")
     assert numa_memory_of(GPUS["GB200"], tmp_path) == (191 * 1024, 181 * 1024)
     assert numa_memory_of(GPUS["H100"], tmp_path) == numa_memory_of(None, tmp_path) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("visible", "left"),
+    [(None, [0, 1, 2, 3]), ("", []), ("-1", []), ("2, 0", [2, 0]), ("1,7,0", [1]), ("GPU-aa,GPU-bb", [0, 1])],
+)
+def test_devices_that_the_environment_leaves(
+    visible: str | None, left: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert visible_devices(4, visible) == left
+    (tmp_path / "meminfo").write_text("MemTotal:       65536 kB\n")
+    for number in range(4):
+        gpu = tmp_path / "driver" / "nvidia" / "gpus" / f"0000:0{number}:00.0"
+        gpu.mkdir(parents=True)
+        (gpu / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ: 1\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (host,) = this_host(tmp_path).nodes
+    assert (host.gpus, host.gpu) == (len(left), GPUS["H100"] if left else None)

@@ -25,6 +25,7 @@ import psutil
 import rlsys
 from rlsys.cluster.hardware import gpu_named, numa_memory_of
 from rlsys.cluster.network import is_physical
+from rlsys.cluster.topology import visible_devices
 
 _MIB = 2**20
 _SMI = ("index", "name", "memory.total", "memory.free", "driver_version", "compute_cap")
@@ -156,18 +157,10 @@ def parse_gpus(text: str) -> list[SeenGpu]:
 
 
 def visible_gpus(all_gpus: list[SeenGpu], visible: str | None) -> tuple[tuple[SeenGpu, ...], str]:
-    """Those that ``CUDA_VISIBLE_DEVICES`` leaves: numbers up to the first that does not exist, as CUDA reads it; names
-    (``GPU-…``, ``MIG-…``) are counted."""
+    """Those that ``CUDA_VISIBLE_DEVICES`` leaves, and in words why there are none."""
     if visible is None:
         return tuple(all_gpus), "" if all_gpus else "the driver knows of no GPU"
-    kept: list[SeenGpu] = []
-    for word in (word.strip() for word in visible.split(",")):
-        if word.startswith(("GPU-", "MIG-")) and len(kept) < len(all_gpus):
-            kept.append(all_gpus[len(kept)])
-        elif word.isdigit() and int(word) < len(all_gpus):
-            kept.append(all_gpus[int(word)])
-        else:
-            break
+    kept = [all_gpus[number] for number in visible_devices(len(all_gpus), visible)]
     return tuple(kept), "" if kept else f"CUDA_VISIBLE_DEVICES='{visible}' hides all {len(all_gpus)} GPUs"
 
 
