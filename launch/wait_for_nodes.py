@@ -19,7 +19,7 @@ def main(address: str, nodes: int, seconds: float) -> int:
                 ray.init(address=address, logging_level=logging.CRITICAL, log_to_driver=False, configure_logging=False)
             there = sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
         except (ConnectionError, RuntimeError, ValueError) as error:  # the head is still starting
-            print(f"not yet: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"not yet: {(str(error).strip() or type(error).__name__).splitlines()[0]}", file=sys.stderr)
         if len(there) >= nodes:
             print(f"Ray at {address} with {len(there)} nodes: {', '.join(there)}", file=sys.stderr)
             return 0

@@ -56,8 +56,13 @@ end() {
   rm -rf "$state"
 }
 trap end EXIT
-trap 'exit 130' INT
-trap '[[ -n ${run:-} ]] && kill -TERM "$run"' TERM
+# shellcheck disable=SC2329 # traps call it
+stop() { # the run writes its last checkpoint, for which the other Spark is still needed
+  [[ -n ${run:-} ]] || exit "$1"
+  kill -TERM "$run" 2> /dev/null || true
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
 
 # One memory for CPU and GPU: Ray's monitor would take the GPU's part of it for a process that eats memory.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token RAY_memory_monitor_refresh_ms=0

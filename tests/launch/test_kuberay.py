@@ -97,7 +97,11 @@ def test_the_schema_refuses_what_the_operator_would(path: tuple[Any, ...], value
 
 @pytest.mark.parametrize("name", WITH_PODS)
 def test_pods_are_let_into_a_restricted_namespace(name: str) -> None:
-    for pod in pods(name):
+    (namespace,) = manifests("namespace.yaml")
+    assert namespace["metadata"]["labels"] == {"pod-security.kubernetes.io/enforce": "restricted"}
+    # The operator makes one more pod for a job, of this template, or else of one that such a namespace refuses.
+    submitters = [of_kind(name, "RayJob")["spec"]["submitterPodTemplate"]["spec"]] if name == "rayjob.yaml" else []
+    for pod in (*pods(name), *submitters):
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["runAsUser"] != 0
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
