@@ -1,4 +1,4 @@
-"""Every command on the page about plans is run."""
+"""Every command on the page about plans is run; those on pages about other machines are planned, and fit there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from pages import text_of
+from pages import commands, text_of
 
 from rlsys.cli import main
 
@@ -30,7 +30,30 @@ def test_every_command_plans_a_run_that_fits(
     assert "fits" in capsys.readouterr().out
 
 
+def of_size(hidden: int, inner: int, layers: int, heads: int, *, tied: bool) -> dict[str, object]:
+    return QWEN3 | {
+        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "tie_word_embeddings": tied,
+    }  # fmt: skip
+
+
+HUB = {
+    "Qwen/Qwen3-0.6B": of_size(1024, 3072, 28, 16, tied=True),
+    "Qwen/Qwen3-4B": of_size(2560, 9728, 36, 32, tied=True),
+    "Qwen/Qwen3-8B": of_size(4096, 12288, 36, 32, tied=False),
+    "Qwen/Qwen3-32B": of_size(5120, 25600, 64, 64, tied=False),
+}
+ELSEWHERE = [command for page in ("dgx-spark", "nvl72") for command in commands(f"how-to/{page}.md")]
+
+
+@pytest.mark.parametrize("command", ELSEWHERE, ids=" ".join)
+def test_what_is_advised_for_other_machines_fits_there(command: list[str], tmp_path: Path) -> None:
+    (model,) = (word.removeprefix("model.path=") for word in command if word.startswith("model.path="))
+    (tmp_path / "config.json").write_text(json.dumps(HUB[model]), encoding="utf-8")
+    assert main(["plan", "--shape", str(tmp_path / "config.json"), *command]) == 0
+
+
 def test_the_page_has_commands_and_every_option() -> None:
-    assert len(COMMANDS) == 2
+    assert (len(COMMANDS), len(ELSEWHERE)) == (2, 4)
     for option in ("--shape", "--response-tokens", "--prompt-tokens", "--dollars-per-hour", "--json"):
         assert option in text_of(PAGE)
