@@ -95,6 +95,7 @@ def test_estimator_loss_and_reward_train_from_the_command_of_the_page(module: Mo
     assert advantages.abs().max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(RUN_S + 60)
 def test_divergence_and_preference_loss_train_beside_the_policy_gradient(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def make(out: Path, *arguments: str) -> None:
     subprocess.run(command, check=True, timeout=3000, capture_output=True)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_recipe_is_deterministic(tmp_path: Path) -> None:
     for name in ("first", "second"):

@@ -19,7 +19,7 @@ from rlsys.rewards import seccomp
 from rlsys.rewards.sandbox import Limits, Outcome, check_namespaces, run_program
 
 MARK = 1_000_000 + os.getpid()  # a limit that nothing meets: in the command line of every process of a sandbox
-LIMITS = Limits(seconds=0.9, cpu_seconds=MARK, memory_mib=128, processes=8, scratch_mib=8, file_mib=4, output_kib=32)
+LIMITS = Limits(seconds=0.6, cpu_seconds=MARK, memory_mib=128, processes=8, scratch_mib=8, file_mib=4, output_kib=32)
 SLACK_S = 6.0  # on a machine that runs other tests too
 
 
