@@ -73,7 +73,7 @@ def client_of(address: str | None, *, where: str = "cluster.address") -> JobSubm
             return Client(named)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise UserError(
-            f"no job API answers at '{named}': {str(error).strip().splitlines()[0]}",
+            f"no job API answers at '{named}': {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             where=where,
             fix="is it the address of a running cluster whose head has a dashboard that this machine reaches "
             "(`ray start --head --dashboard-host=0.0.0.0`), and is its token here (RAY_AUTH_TOKEN_PATH)?",

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -113,20 +114,21 @@ def connect(config: ClusterConfig, *, weights_bytes: int = 0) -> Iterator[Sessio
     try:
         if address is not None:
             probe(address)
-        context = ray.init(
-            address="local" if local else address,
-            include_dashboard=False if local else None,
-            num_cpus=os.cpu_count() if local else None,
-            object_store_memory=object_store_bytes(weights_bytes) if local else None,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            configure_logging=False,
-        )
+        with free_agent_port():
+            context = ray.init(
+                address="local" if local else address,
+                include_dashboard=False if local else None,
+                num_cpus=os.cpu_count() if local else None,
+                object_store_memory=object_store_bytes(weights_bytes) if local else None,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                configure_logging=False,
+            )
     except (OSError, RuntimeError, ValueError) as error:
         if local:
             raise
         raise UserError(
-            f"no Ray cluster answers at '{address}': {str(error).splitlines()[0]}",
+            f"no Ray cluster answers at '{address}': {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             where="cluster.address",
             fix="start one with `ray start --head`, or choose cluster=local for one of the run's own",
         ) from error
@@ -178,6 +180,20 @@ def _looks(hosts: Sequence[Node]) -> dict[str, HostLook]:
 
 def _on(node: str) -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
+@contextmanager
+def free_agent_port() -> Iterator[None]:
+    """Clusters that ``ray.init`` starts in here are one of several of a machine. Ray gives a node's agent, which takes
+    jobs, a fixed port, has no option of ``ray.init`` for another, and without the port takes no jobs."""
+    from ray._private import parameter
+
+    kept = parameter.RayParams
+    parameter.RayParams = partial(kept, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        parameter.RayParams = kept
 
 
 def object_store_bytes(weights_bytes: int) -> int:

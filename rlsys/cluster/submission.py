@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 STOP_GRACE_S = 120
 """Between asking a job to stop and killing it: an update ends, and a checkpoint is written."""
+STOPS_IN_TIME = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S)}}
+"""The runtime environment of a job that needs nothing else."""
 UPLOAD_BYTES = 100 << 20
 """Largest folder that is sent along; it goes through the head's memory, and to every node."""
 _DRIVER_CPUS = 1.0
@@ -160,9 +162,9 @@ def runtime_env(
         str(name): _filled(str(name), value, environ) for name, value in dict(given.pop("env_vars", None) or {}).items()
     }
     defaults: dict[str, Any] = {} if "image_uri" in given else {"working_dir": str(folder)}
-    result = defaults | given | {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S)} | env_vars}
+    result = defaults | given | {"env_vars": STOPS_IN_TIME["env_vars"] | env_vars}
     if "working_dir" in result:
-        result["excludes"] = [*given.get("excludes", []), *exclude]
+        result["excludes"] = [*(given.get("excludes") or []), *exclude]
     from ray.runtime_env import RuntimeEnv
 
     unknown = sorted(set(given) - set(RuntimeEnv.known_fields))  # which Ray itself passes over
@@ -182,7 +184,7 @@ def runtime_env(
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
             f"cannot read the runtime environment: {error}",
             where=f"submit={path}",
@@ -190,6 +192,9 @@ def _read(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("env_vars") or {}, dict):
         raise UserError("the file is no mapping", where=f"submit={path}", fix="write `working_dir: .`, `env_vars: {…}`")
+    excludes = content.get("excludes") or []
+    if not isinstance(excludes, list) or not all(isinstance(each, str) for each in excludes):
+        raise UserError("excludes is no list of patterns", where=f"submit={path}", fix='write `excludes: ["/figures"]`')
     if isinstance(content.get("working_dir"), str) and "://" not in content["working_dir"]:
         content["working_dir"] = str((path.parent / content["working_dir"]).resolve())
     return content
@@ -222,7 +227,7 @@ def refuse_secrets(overrides: Sequence[str]) -> None:
 
 
 def check_upload(environment: Mapping[str, Any], folder: Path) -> None:
-    """Refuses a folder that is too large to be sent, naming what is large in it.
+    """Refuses a folder that is too large to be sent, naming what is large in it, and a home folder, with its keys.
 
     Raises:
         UserError: it is.
@@ -230,6 +235,13 @@ def check_upload(environment: Mapping[str, Any], folder: Path) -> None:
     source = environment.get("working_dir")
     if not isinstance(source, str) or not Path(source).is_dir():
         return  # an archive or an address
+    home = Path(os.path.expanduser("~"))  # as it is where nobody knows
+    if home.is_absolute() and home.resolve().is_relative_to(Path(source).resolve()):
+        raise UserError(
+            "your home folder would go along, with the keys and tokens in it",
+            where=source,
+            fix="run the command in a folder of its own, or name one: submit=FILE with working_dir",
+        )
     sizes = upload_sizes(Path(source), environment.get("excludes", []))
     total = sum(sizes.values())
     if total <= UPLOAD_BYTES:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from rlsys.cluster import jobs
 from rlsys.cluster.memory import Device, Sizes, phases
 from rlsys.cluster.placement import Plan, place, plan
-from rlsys.cluster.session import INLINE_BYTES, object_store_bytes
+from rlsys.cluster.session import INLINE_BYTES, free_agent_port, object_store_bytes
 from rlsys.cluster.shape import take_part
 from rlsys.cluster.submission import (
+    STOPS_IN_TIME,
     Request,
     check_upload,
     is_here,
@@ -206,7 +207,7 @@ class Sweep:
         command = shlex.join(["exec", python, "-m", "rlsys.launch", *words])
         request = Request(
             f"cd {shlex.quote(os.getcwd())} && {command}" if here else command,
-            dict(self._environment or {}),
+            dict(self._environment or STOPS_IN_TIME),
             cpus=job.need.cores,
             what=f"sweep job {job.number}: {job.config.name}",
         )
@@ -391,18 +392,18 @@ def local_cluster(object_store_bytes: int) -> Iterator[tuple[str, str]]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_max_direct_call_object_size", str(INLINE_BYTES))
-    os.environ.setdefault("RAY_JOB_STOP_WAIT_TIME_S", "120")
     import ray
 
-    context = ray.init(
-        address="local",
-        num_cpus=os.cpu_count(),
-        include_dashboard=True,
-        object_store_memory=object_store_bytes,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        configure_logging=False,
-    )
+    with free_agent_port():
+        context = ray.init(
+            address="local",
+            num_cpus=os.cpu_count(),
+            include_dashboard=True,
+            object_store_memory=object_store_bytes,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            configure_logging=False,
+        )
     try:
         yield f"http://{context.address_info['webui_url']}", str(context.address_info["gcs_address"])
     finally:

@@ -89,12 +89,12 @@ def test_an_image_takes_the_place_of_the_folder(tmp_path: Path) -> None:
     assert "working_dir" not in sent
 
 
-@pytest.mark.parametrize("text", ["image: a\n", "- a\n", "env_vars: [A]\n", "{", None])
+@pytest.mark.parametrize("text", ["image: a\n", "- a\n", "env_vars: [A]\n", "excludes: a\n", "{", "\x80", None])
 def test_a_file_that_is_no_runtime_environment_is_refused(text: str | None, tmp_path: Path) -> None:
     path = tmp_path / "env.yaml"
     if text is not None:
-        path.write_text(text)
-    with pytest.raises(UserError, match=r"runtime environment|mapping") as refused:
+        path.write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"runtime environment|mapping|excludes") as refused:
         runtime_env(str(path), tmp_path, {})
     assert "env.yaml" in str(refused.value.where)
 
@@ -117,6 +117,15 @@ def test_what_is_ignored_is_not_sent_and_what_is_too_large_is_named(tmp_path: Pa
     assert ".gitignore" in str(refused.value.fix)
     (tmp_path / ".rayignore").write_text("models\n")
     check_upload(sent, tmp_path)
+
+
+def test_a_home_folder_stays_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    (tmp_path / "me" / "work").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "me"):
+        with pytest.raises(UserError, match="home folder would go along"):
+            check_upload(runtime_env(True, folder, {}), folder)
+    check_upload(runtime_env(True, tmp_path / "me" / "work", {}), tmp_path)
 
 
 def test_what_this_machine_is_called() -> None:
@@ -165,10 +174,12 @@ def test_bad_input_is_found_before_anything_is_sent(
 
 _HEAD = """
 import sys, ray
-context = ray.init(
-    address="local", num_cpus=2, include_dashboard=True, object_store_memory=200 << 20, log_to_driver=False,
-    _temp_dir=sys.argv[1],
-)
+from rlsys.cluster.session import free_agent_port
+with free_agent_port():
+    context = ray.init(
+        address="local", num_cpus=2, include_dashboard=True, object_store_memory=200 << 20, log_to_driver=False,
+        _temp_dir=sys.argv[1],
+    )
 print("at", context.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 """

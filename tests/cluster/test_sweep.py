@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import yaml
 from composing import run_config
 from hypothesis import given
 from hypothesis import strategies as st
+from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 from running import command, environment, write_jsonl
 
 from rlsys import launch as command_line
@@ -216,7 +219,11 @@ def outcome(root: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.ray
 def test_a_job_that_fails_ends_no_other(tmp_path: Path) -> None:
-    done = sweep(tmp_path, "model.path=/nowhere,bundled:arithmetic")
+    with socket.socket() as taken:  # as by another cluster of this machine
+        with suppress(OSError):
+            taken.bind(("", DEFAULT_DASHBOARD_AGENT_LISTEN_PORT))
+            taken.listen()
+        done = sweep(tmp_path, "model.path=/nowhere,bundled:arithmetic")
     assert "sweep.md" in done.stdout, done.stdout + done.stderr
     assert done.returncode == 1, done.stdout + done.stderr
     bad, good = outcome(tmp_path)
