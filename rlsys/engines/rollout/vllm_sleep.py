@@ -22,14 +22,17 @@ class Sleeper:
         self._model, self._caches = model, caches
         self._weights: Emptied | None = None
         self._cache: Emptied | None = None
+        self._filled = True  # vLLM writes to all of its cache when it starts
 
     def sleep(self, *, weights: bool) -> int:
         """Gives back the cache's memory, and the weights'. Returns at least how many bytes: what kernels have packed
-        for themselves goes too, and is not counted."""
+        for themselves goes too, and is not counted, nor is a cache of which only some blocks were written to since it
+        was made again: a CPU's untouched pages take nothing."""
         due = 0
         if self._cache is None:
             self._cache = Emptied(storages(self._caches, "cpu"))
-            due += self._cache.nbytes
+            due += self._cache.nbytes if self._filled else 0
+            self._filled = False
         if weights and self._weights is None:
             for module in self._model.modules():
                 if hasattr(module, "cpu_linear"):  # it holds a packed copy; loading new weights makes a new one
