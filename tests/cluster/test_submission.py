@@ -231,6 +231,7 @@ def test_a_log_is_followed_to_the_end_and_the_exit_code_is_the_jobs(client: Any,
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_job_that_is_stopped_has_time_to_end(client: Any, cluster: str, capsys: Any) -> None:
     grace = runtime_env(True, Path("/"), {})["env_vars"]
     job = Request("trap 'sleep 4; echo saved; exit' TERM; echo began; sleep 60 & wait", {"env_vars": grace}).send(

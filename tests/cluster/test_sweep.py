@@ -218,6 +218,7 @@ def outcome(root: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_job_that_fails_ends_no_other(tmp_path: Path) -> None:
     with socket.socket() as taken:  # as by another cluster of this machine
         with suppress(OSError):
