@@ -212,6 +212,7 @@ def client(cluster: str) -> Any:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_log_is_followed_to_the_end_and_the_exit_code_is_the_jobs(client: Any, cluster: str, capsys: Any) -> None:
     heard: list[str] = []
     job = Request("for i in 1 2 3; do echo line $i; sleep 0.4; done; exit 3", {}, what="three lines").send(client)
@@ -252,6 +253,7 @@ def test_a_job_that_is_stopped_has_time_to_end(client: Any, cluster: str, capsys
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_an_unknown_job_is_bad_input(cluster: str, capsys: Any) -> None:
     assert cli.main(["jobs", "logs", "nobody", "--address", cluster]) == 2
     assert "there is no job 'nobody'" in capsys.readouterr().err

@@ -339,7 +339,9 @@ def export(bench: Bench) -> None:
         trainer = Actors()
         groups = jobs.Groups(trainer, Actors(), Actors(), None)  # type: ignore[arg-type]
         bench.monkeypatch.setattr(
-            run, "connect", lambda *_, **__: given(SimpleNamespace(gpus=0, cores=1, nodes=1, local=True, logs=""))
+            run,
+            "connect",
+            lambda *_, **__: given(SimpleNamespace(gpus=0, cores=1, nodes=1, local=True, logs="", said="")),
         )
         bench.monkeypatch.setattr(run, "_groups", lambda *_: given(groups))
         bench.monkeypatch.setattr(run, "train", lambda _: None)

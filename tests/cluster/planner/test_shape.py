@@ -112,7 +112,8 @@ def test_a_shape_that_cannot_be_used_is_named(tmp_path: Path, content: str, said
         read_shape(path)
 
 
-def test_a_model_that_is_not_there_is_named() -> None:
+def test_a_model_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="--shape FILE"):
         shape_of("nobody/has-this-model")
     with pytest.raises(UserError, match="no checkpoint called"):
