@@ -105,7 +105,7 @@ def test_the_controller_would_take_the_job(slurm: Slurm) -> None:
 
 
 def test_more_than_there_is_is_refused(slurm: Slurm) -> None:
-    assert "error" in slurm.run("sbatch", "--test-only", "--nodes=4", SCRIPT, "+recipe=grpo_qwen", check=False)
+    assert "not available" in slurm.run("sbatch", "--test-only", "--nodes=4", SCRIPT, "+recipe=grpo_qwen", check=False)
 
 
 def test_a_job_trains_and_leaves_nothing(slurm: Slurm, tmp_path: Path) -> None:
