@@ -107,9 +107,8 @@ def connect(config: ClusterConfig, *, weights_bytes: int = 0) -> Iterator[Sessio
     os.environ.setdefault("RAY_gcs_rpc_server_connect_timeout_s", str(_CONNECT_S))
     if local:
         os.environ.setdefault("RAY_max_direct_call_object_size", str(INLINE_BYTES))
-        if (
-            isinstance(config, Gb10) or this_host().unified
-        ):  # it takes the GPU's memory for the host's, and kills for it
+        if isinstance(config, Gb10) or this_host().unified:
+            # It takes the GPU's memory for the host's, and kills for it.
             os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     try:
         if address is not None:

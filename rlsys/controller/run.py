@@ -26,7 +26,7 @@ from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
 from rlsys.cluster.departures import NOTICE_S, departed, present
 from rlsys.cluster.memory import Device, Sizes, check_phases, phases
-from rlsys.cluster.placement import assign, place
+from rlsys.cluster.placement import Plan, assign, place
 from rlsys.cluster.session import Placement, Session, connect
 from rlsys.cluster.unified import check_unified
 from rlsys.config.assets import bundled_model
@@ -275,6 +275,33 @@ def _beginning(inputs: Inputs) -> ControllerState:
     return ControllerState(step=0, lineage=0, data=inputs.prompts.state_dict())
 
 
+def _placed(config: RunConfig, session: Session, layout: Plan, stop: StopFlag, observers: Observers) -> Placement:
+    """The plan's bundles, booked; where there are several hosts, ranks go by where the bundles have landed."""
+
+    def settle(landed: Sequence[str]) -> Plan:
+        return assign(config, session.topology, layout.booking, landed, env=session.env)
+
+    several = session.nodes > 1
+    placement = Placement(layout, seconds=config.deadlines.start, check=stop.check, settle=settle if several else None)
+    if several:
+        bound = [actor for actor in placement.plan.actors if actor.node is not None]
+        where = {actor.name: session.topology.node(str(actor.node)).address for actor in bound}
+        observers.folder.log_event("placement", f"on {len(set(where.values()))} hosts", **where)
+    return placement
+
+
+def _check_memory(
+    config: RunConfig, session: Session, inputs: Inputs, layout: Plan, groups: Groups, observers: Observers
+) -> None:
+    """Raises UserError where a phase needs more memory than there is, before a model is loaded."""
+    device, unified = Device(*groups.trainer.free_and_total()), session.topology.unified
+    found = phases(config, Sizes.of(inputs.model_folder, inputs.parameters), layout, device)
+    if unified:
+        check_unified(config, found, device.total)
+    check_phases(found, device, gpus=bool(session.gpus), placement=config.cluster.placement, unified=unified)
+    observers.folder.log_event("memory plan", "bytes at least", free=device.free, **found)
+
+
 @contextmanager
 def _groups(
     config: RunConfig,
@@ -301,19 +328,8 @@ def _groups(
     )
     observers.display.phase("start")
     with ExitStack() as stack:
-        placement = Placement(
-            layout,
-            seconds=deadlines.start,
-            check=stop.check,
-            settle=(lambda landed: assign(config, session.topology, layout.booking, landed, env=session.env))
-            if session.nodes > 1
-            else None,
-        )
+        placement = _placed(config, session, layout, stop, observers)
         stack.callback(placement.release)
-        if session.nodes > 1:
-            bound = [actor for actor in placement.plan.actors if actor.node is not None]
-            where = {actor.name: session.topology.node(str(actor.node)).address for actor in bound}
-            observers.folder.log_event("placement", f"on {len(set(where.values()))} hosts", **where)
 
         def group(cls: type[Any]) -> Any:
             made = cls(placement, deadlines, stop)
@@ -328,13 +344,7 @@ def _groups(
             critic=group(CriticGroup) if needs_critic(config) else None,
         )
         if session.nodes == 1 or session.gpus:  # else actors are on hosts that are not known yet
-            device = Device(*groups.trainer.free_and_total())
-            found = phases(config, Sizes.of(inputs.model_folder, inputs.parameters), layout, device)
-            if session.topology.unified:
-                check_unified(config, found, device.total)
-            unified = session.topology.unified
-            check_phases(found, device, gpus=bool(session.gpus), placement=config.cluster.placement, unified=unified)
-            observers.folder.log_event("memory plan", "bytes at least", free=device.free, **found)
+            _check_memory(config, session, inputs, layout, groups, observers)
         samplers = groups.rollout.starting(resolved, inputs.max_length)
         if session.gpus:  # vLLM measures the GPU while it starts, and takes what others load meanwhile for its own
             gather(samplers, phase="start", seconds=deadlines.start, stop=stop)

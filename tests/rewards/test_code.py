@@ -14,17 +14,11 @@ from rlsys.config.errors import UserError
 from rlsys.config.schema import RewardPart
 from rlsys.rewards.code import code, program
 from rlsys.rewards.compose import build_parts
-from rlsys.rewards.sandbox import check_namespaces
 
 DATA = Path(__file__).parent / "humaneval" / "HumanEval.jsonl.gz"
 
 
-@pytest.fixture(autouse=True)
-def _sandbox() -> None:
-    try:
-        check_namespaces()
-    except UserError as error:
-        pytest.skip(error.what)
+pytestmark = pytest.mark.usefixtures("namespaces")
 
 
 def problems() -> list[dict[str, Any]]:

@@ -23,12 +23,7 @@ LIMITS = Limits(seconds=0.6, cpu_seconds=MARK, memory_mib=128, processes=8, scra
 SLACK_S = 6.0  # on a machine that runs other tests too
 
 
-@pytest.fixture(autouse=True)
-def _sandbox() -> None:
-    try:
-        check_namespaces()
-    except UserError as error:
-        pytest.skip(error.what)
+pytestmark = pytest.mark.usefixtures("namespaces")
 
 
 class Host:
