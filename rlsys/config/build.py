@@ -155,7 +155,7 @@ def _describe(error: ErrorDetails) -> tuple[str, str, str | None]:
 def _discriminators() -> list[tuple[str, str]]:
     return [
         (group, get_args(typing.get_type_hints(cls)[tag])[0])
-        for group, tag in (("data", "kind"), ("rollout", "engine"), ("cluster", "kind"))
+        for group, tag in (("data", "kind"), ("rollout", "engine"), ("controller", "kind"), ("cluster", "kind"))
         for cls in variants(typing.get_type_hints(RunConfig, include_extras=True)[group])
     ]
 

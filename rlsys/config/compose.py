@@ -12,7 +12,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlsys.config import clusters, schema
+from rlsys.config import clusters, modes, schema
 from rlsys.config.assets import asset
 from rlsys.config.build import build, defaults, leaves, optional_groups, suggest
 from rlsys.config.errors import UserError
@@ -30,6 +30,9 @@ _GROUPS: dict[str, type] = {
     "trainer": schema.TrainerConfig,
     "algorithm": schema.AlgorithmConfig,
     "hints": schema.HintsConfig,
+    "controller/sync": modes.SyncController,
+    "controller/one_step_off": modes.OneStepOffController,
+    "controller/async": modes.AsyncController,
     "cluster/local": clusters.LocalCluster,
     "cluster/ray": clusters.RayCluster,
     "cluster/gb10": clusters.Gb10,
@@ -39,8 +42,8 @@ _GROUPS: dict[str, type] = {
     "cluster/gb200_nvl72": clusters.Gb200Nvl72,
     "tracker": schema.TrackerConfig,
 }
-_TAG = {"data": "kind", "rollout": "engine", "cluster": "kind"}
-_OWN_GROUP = ("model", "data", "reward", "rollout", "trainer", "algorithm", "hints", "cluster", "tracker")
+_TAG = {"data": "kind", "rollout": "engine", "controller": "kind", "cluster": "kind"}
+_OWN_GROUP = ("model", "data", "reward", "rollout", "trainer", "algorithm", "hints", "controller", "cluster", "tracker")
 
 
 def register_schemas() -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from rlsys.config.clusters import ClusterConfig, LocalCluster
+from rlsys.config.modes import ControllerConfig, HealthConfig, SyncController
 from rlsys.config.values import (
     FOLDED,
     Dtype,
@@ -518,11 +519,12 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """every: steps between checkpoints (one is always written at the end and on Ctrl-C); keep_last: how many stay;
-    keep_best: the one with the best held-out accuracy stays too; export: the final weights are also written as a
-    Hugging Face folder."""
+    """every: steps between checkpoints (one is always written at the end and on Ctrl-C or SIGTERM); every_minutes: also
+    after a step that ends so long after the last one; null: by steps alone; keep_last: how many stay; keep_best: the one
+    with the best held-out accuracy stays too; export: the final weights are also written as a Hugging Face folder."""
 
     every: Positive = 20
+    every_minutes: PositiveFloat | None = None
     keep_last: Positive = 2
     keep_best: Flag = True
     export: Flag = True
@@ -564,6 +566,7 @@ class RunConfig:
     resume: null: a new run; ``auto``: the newest run of this name under run_root goes on from its last checkpoint;
         or the path of a run folder, or of a checkpoint in one.
     steps: training steps in all (a resumed run counts from its beginning).
+    time_limit_minutes: the run stops with a checkpoint before it has taken so long, as on Ctrl-C; null: no limit.
     seed: of data order, sampling and everything else.
     submit: the run is handed to the cluster as a job, and this command follows its log; true, or the path of a YAML
         file in the format of Ray's runtime environments (working_dir, image_uri, env_vars, …).
@@ -583,9 +586,12 @@ class RunConfig:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
+    controller: ControllerConfig = field(default_factory=lambda: SyncController(kind="sync"))
+    health: HealthConfig = HealthConfig()
     cluster: ClusterConfig = field(default_factory=lambda: LocalCluster(kind="local"))
     tracker: TrackerConfig = TrackerConfig()
     run_root: str = "runs"
     resume: str | None = None
+    time_limit_minutes: PositiveFloat | None = None
     seed: NonNegative = 0
     submit: Flag | str = False
