@@ -520,8 +520,8 @@ class EvalConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """every: steps between checkpoints (one is always written at the end and on Ctrl-C or SIGTERM); every_minutes: also
-    after a step that ends so long after the last one; null: by steps alone; keep_last: how many stay; keep_best: the one
-    with the best held-out accuracy stays too; export: the final weights are also written as a Hugging Face folder."""
+    after a step that ends so long after the last one; null: by steps alone; keep_last: how many stay; keep_best: the
+    one with the best held-out accuracy stays too; export: the final weights are also written as a Hugging Face folder."""
 
     every: Positive = 20
     every_minutes: PositiveFloat | None = None
@@ -587,7 +587,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
     controller: ControllerConfig = field(default_factory=lambda: SyncController(kind="sync"))
-    health: HealthConfig = HealthConfig()
+    health: HealthConfig = field(default_factory=HealthConfig)
     cluster: ClusterConfig = field(default_factory=lambda: LocalCluster(kind="local"))
     tracker: TrackerConfig = TrackerConfig()
     run_root: str = "runs"
