@@ -521,7 +521,8 @@ class EvalConfig:
 class CheckpointConfig:
     """every: steps between checkpoints (one is always written at the end and on Ctrl-C or SIGTERM); every_minutes: also
     after a step that ends so long after the last one; null: by steps alone; keep_last: how many stay; keep_best: the
-    one with the best held-out accuracy stays too; export: the final weights are also written as a Hugging Face folder."""
+    one with the best held-out accuracy stays too; export: the final weights are also written as a Hugging Face
+    folder."""
 
     every: Positive = 20
     every_minutes: PositiveFloat | None = None
