@@ -1,0 +1,152 @@
+"""Prompt groups between being handed out and being trained on: a state machine, without Ray and without a clock.
+
+    hand_out → IN_FLIGHT → ready → READY → take → TAKEN → trained
+                  ↑  reissue  |       |
+                  +-----------+-------+          drop: filtered, or failed for good
+
+The bound on staleness is kept by admission first. At most ``(max_staleness + 1) · groups_per_step`` groups are anywhere
+between hand-out and training. So one that is handed out while samplers have the weights of step v has fewer than that
+many before it, and in turn is trained at step v + max_staleness at the latest. Groups that end out of turn can be
+late; those are found by :meth:`expired`, and what is too old is never taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from enum import Enum
+
+PATIENCE = 2
+"""So often a group is handed out again because it was too late; then a step waits for it."""
+
+
+class State(Enum):
+    IN_FLIGHT = "in flight"
+    READY = "ready"
+    TAKEN = "taken"
+
+
+@dataclass
+class Group:
+    """One prompt group. attempt: 0 at first; version: step of the weights that samplers had when this attempt was
+    handed out; late: how often it was too late; turn: in which order groups were first handed out."""
+
+    attempt: int
+    version: int
+    turn: int
+    late: int = 0
+    state: State = State.IN_FLIGHT
+
+
+class GroupBuffer:
+    """Who may be handed out, taken, or is too late.
+
+    Args:
+        groups_per_step: B, groups that one training step takes.
+        max_staleness: most steps between the weights that are trained and those that a group was handed out under.
+        ordered: groups are taken in the order in which they were handed out, ready or not; False: the oldest of those
+            that are ready.
+    """
+
+    def __init__(self, groups_per_step: int, max_staleness: int, *, ordered: bool = False):
+        self.version = 0
+        self._per_step, self._bound, self._ordered = groups_per_step, max_staleness, ordered
+        self._groups: dict[Hashable, Group] = {}
+        self._turns = 0
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, key: Hashable) -> Group:
+        return self._groups[key]
+
+    def keys(self, *states: State) -> list[Hashable]:
+        """Groups in these states (none given: in any), first handed out first."""
+        return [key for key, group in self._groups.items() if not states or group.state in states]
+
+    @property
+    def room(self) -> int:
+        """How many more groups may be handed out now."""
+        return max(0, (self._bound + 1) * self._per_step - len(self._groups))
+
+    def hand_out(self, key: Hashable, *, attempt: int = 0) -> Group:
+        """A new group, sampled by the present weights or later ones."""
+        if key in self._groups:
+            raise ValueError(f"group {key!r} is handed out already")
+        if not self.room:
+            raise ValueError("no room for another group")
+        self._groups[key] = Group(attempt, self.version, self._turns)
+        self._turns += 1
+        return self._groups[key]
+
+    def is_expected(self, key: Hashable, attempt: int) -> bool:
+        """Whether an answer to this attempt is still wanted."""
+        group = self._groups.get(key)
+        return group is not None and group.attempt == attempt and group.state is State.IN_FLIGHT
+
+    def ready(self, key: Hashable) -> None:
+        """The group is sampled and scored."""
+        self._in(key, State.IN_FLIGHT).state = State.READY
+
+    def drop(self, key: Hashable) -> None:
+        """The group will not be trained on."""
+        self._in(key, State.IN_FLIGHT, State.READY)
+        del self._groups[key]
+
+    def reissue(self, key: Hashable) -> Group:
+        """The group is sampled anew, from the present weights. It keeps its turn."""
+        group = self._in(key, State.IN_FLIGHT, State.READY)
+        group.attempt, group.version, group.state = group.attempt + 1, self.version, State.IN_FLIGHT
+        return group
+
+    def expired(self, step: int) -> list[Hashable]:
+        """Groups that can no longer be trained when the trainer has the weights of ``step``: to be reissued or dropped.
+        Each call counts for their patience."""
+        late = [k for k, g in self._groups.items() if g.state is not State.TAKEN and g.version < step - self._bound]
+        for key in late:
+            self._groups[key].late += 1
+        return late
+
+    def take(self, step: int, count: int | None = None) -> list[Hashable] | None:
+        """The groups of the next step; None: not yet.
+
+        Args:
+            step: of the trainer's weights. count: how many; None: those of a whole step.
+        """
+        count = self._per_step if count is None else count
+        fit = [k for k, g in self._groups.items() if g.state is not State.TAKEN and g.version >= step - self._bound]
+        fit.sort(key=lambda k: self._order(self._groups[k]))
+        if self._ordered:
+            chosen = fit[:count]
+            if any(self._groups[key].state is not State.READY for key in chosen):
+                return None
+        else:
+            # Whoever was late too often and has its last chance now is waited for.
+            urgent = [
+                k for k in fit if self._groups[k].late >= PATIENCE and self._groups[k].version == step - self._bound
+            ]
+            urgent = urgent[:count]
+            if any(self._groups[key].state is not State.READY for key in urgent):
+                return None
+            others = [k for k in fit if self._groups[k].state is State.READY and k not in urgent]
+            chosen = [*urgent, *others][:count]
+        if len(chosen) < count or not chosen:
+            return None
+        chosen.sort(key=lambda key: self._groups[key].turn)
+        for key in chosen:
+            self._groups[key].state = State.TAKEN
+        return chosen
+
+    def trained(self, key: Hashable) -> None:
+        """The group has been trained on."""
+        self._in(key, State.TAKEN)
+        del self._groups[key]
+
+    def _order(self, group: Group) -> tuple[int, int]:
+        return (0, group.turn) if self._ordered else (group.version, group.turn)
+
+    def _in(self, key: Hashable, *states: State) -> Group:
+        group = self._groups[key]
+        if group.state not in states:
+            raise ValueError(f"group {key!r} is {group.state.value}")
+        return group
