@@ -15,6 +15,7 @@ from rlsys.config.errors import UserError
 from rlsys.controller.commands import add_parsers
 from rlsys.launch import EXIT_BAD_INPUT, show_error
 from rlsys.rewards import check
+from rlsys.tracking import ledger_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_parser(reward.add_subparsers(dest="reward_command", required=True, metavar="COMMAND"))
     jobs.add_parser(commands)
     planner.add_parser(commands)
+    ledger_command.add_parser(commands)
     add_parsers(commands)
     profile = commands.add_parser(
         "profile",
