@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from rlsys.config.errors import UserError
+from rlsys.workers.under_way import under_way
 
 _POLL_S = 0.5  # how soon a request to stop is noticed while nothing arrives
 
@@ -91,18 +92,20 @@ def as_completed(
     ended: SimpleQueue[tuple[Call, Future]] = SimpleQueue()
     for call in pending.values():
         call.ref.future().add_done_callback(partial(_note, ended, call))
-    while pending:
-        if stop is not None:
-            stop.check()
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise DeadlineExceeded(_late(list(pending.values()), phase, seconds))
-        try:
-            call, future = ended.get(timeout=min(left, _POLL_S))
-        except Empty:
-            continue
-        del pending[call.ref]
-        yield call, future.result() if future.exception() is None else fetch(call, phase, seconds, deadline)
+    with under_way(phase, pending) as wait:
+        while pending:
+            if stop is not None:
+                stop.check()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise DeadlineExceeded(_late(list(pending.values()), phase, seconds))
+            try:
+                call, future = ended.get(timeout=min(left, _POLL_S))
+            except Empty:
+                continue
+            del pending[call.ref]
+            wait.answered()
+            yield call, future.result() if future.exception() is None else fetch(call, phase, seconds, deadline)
 
 
 def _note(ended: SimpleQueue[tuple[Call, Future]], call: Call, future: Future) -> None:
