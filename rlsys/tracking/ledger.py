@@ -3,10 +3,10 @@
     {"event": "issued", "time": …, "version": [lineage, step], "groups": [[uid, attempt, samples], …]}
     {"event": "trained", "time": …, "step": …, "lineage": …, "groups": […]}
 
-A sample's id is ``UID#INDEX``, of one attempt. A group is handed out (``issued``), comes back whole (``received``) and is
-``trained``, or it is ``filtered`` or ``failed``; an attempt that is given up (``reissued``) is followed by another
-``issued`` with a higher attempt. The file is append-only. What a crash made void is not taken out of it: ``resumed`` says
-from which checkpoint the run went on, and :func:`audit` follows the lineage that survived.
+A sample's id is ``UID#INDEX``, of one attempt. A group is handed out (``issued``), comes back whole (``received``) and
+is ``trained``, or it is ``filtered`` or ``failed``; an attempt that is given up (``reissued``) is followed by another
+``issued`` with a higher attempt. The file is append-only. What a crash made void is not taken out of it: ``resumed``
+says from which checkpoint the run went on, and :func:`audit` follows the lineage that survived.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class LedgerGroup(NamedTuple):
 
 
 class Ledger:
-    """The file of a run, open for appending. Its methods may be called from several threads; a line is with the operating
-    system when a method returns, and on the disk after :meth:`flush` or :meth:`checkpointed`.
+    """The file of a run, open for appending. Its methods may be called from several threads; a line is with the
+    operating system when a method returns, and on the disk after :meth:`flush` or :meth:`checkpointed`.
 
     Args:
         report: told, in one sentence, when the file ended in half a line, which is then cut off: its writer was killed.
@@ -65,7 +65,7 @@ class Ledger:
         self._append("received", groups)
 
     def filtered(self, groups: Sequence[LedgerGroup], why: str) -> None:
-        """Left out by a group filter: they will not be trained. A group that is trained after all is not written here."""
+        """Left out by a group filter, for good: one that is trained after all is not written here."""
         self._append("filtered", groups, why=why)
 
     def reissued(self, groups: Sequence[LedgerGroup], why: str) -> None:
@@ -92,8 +92,9 @@ class Ledger:
         self.flush()
 
     def resumed(self, step: int, lineage: int) -> None:
-        """The run goes on as the new ``lineage`` from its checkpoint of ``step`` (0: from its start): all that was written
-        after that checkpoint is void, and its outstanding groups may be handed out anew, with the same attempt."""
+        """The run goes on as the new ``lineage`` from its checkpoint of ``step`` (0: from its start): all that was
+        written after that checkpoint is void, and its outstanding groups may be handed out anew, with the same attempt.
+        """
         self._append("resumed", (), step=step, lineage=lineage)
 
     def flush(self) -> None:
@@ -172,8 +173,8 @@ class Audit:
 
     groups, samples: how many, by :class:`State`.
     trained_ids: ids of the samples that were trained.
-    voided: samples that were trained on a lineage that was given up; reissues: attempts that were given up; late: answers
-        to such attempts, which nobody used; resumes: how often the run went on from a checkpoint.
+    voided: samples that were trained on a lineage that was given up; reissues: attempts that were given up; late:
+        answers to such attempts, which nobody used; resumes: how often the run went on from a checkpoint.
     torn: the file ends in half a line, of a writer that is at work or was killed.
     """
 
@@ -247,7 +248,8 @@ def surviving(lines: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], li
     """The lines that no ``resumed`` made void, with the ``resumed`` lines; and those of them that go on from a step of
     which there is no line.
 
-    A run goes on from its newest ``checkpointed`` line of the step, or, where none was written, from its ``trained`` line.
+    A run goes on from its newest ``checkpointed`` line of the step, or, where none was written, from its newest
+    ``trained`` line.
     """
     kept: list[dict[str, Any]] = []
     problems: list[Violation] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def handle(arguments: argparse.Namespace) -> int:
     """
     found = audit(arguments.run)
     if arguments.json:
-        print(json.dumps(as_dict(found), indent=2, ensure_ascii=False))
+        sys.stdout.write(json.dumps(as_dict(found), indent=2, ensure_ascii=False) + "\n")
     else:
         Console().print(*tables(found), sep="\n")
     return 0 if found.ok else 1
