@@ -116,20 +116,13 @@ class GroupBuffer:
         count = self._per_step if count is None else count
         fit = [k for k, g in self._groups.items() if g.state is not State.TAKEN and g.version >= step - self._bound]
         fit.sort(key=lambda k: self._order(self._groups[k]))
-        if self._ordered:
-            chosen = fit[:count]
-            if any(self._groups[key].state is not State.READY for key in chosen):
-                return None
-        else:
-            # Whoever was late too often and has its last chance now is waited for.
-            urgent = [
-                k for k in fit if self._groups[k].late >= PATIENCE and self._groups[k].version == step - self._bound
-            ]
-            urgent = urgent[:count]
-            if any(self._groups[key].state is not State.READY for key in urgent):
-                return None
-            others = [k for k in fit if self._groups[k].state is State.READY and k not in urgent]
-            chosen = [*urgent, *others][:count]
+        # In order: the first ones. Else whoever was late too often and has its last chance now is waited for.
+        first = fit if self._ordered else [k for k in fit if self._has_last_chance(self._groups[k], step)]
+        first = first[:count]
+        if any(self._groups[key].state is not State.READY for key in first):
+            return None
+        others = [k for k in fit if self._groups[k].state is State.READY and k not in first]
+        chosen = [*first, *others][:count]
         if len(chosen) < count or not chosen:
             return None
         chosen.sort(key=lambda key: self._groups[key].turn)
@@ -141,6 +134,9 @@ class GroupBuffer:
         """The group has been trained on."""
         self._in(key, State.TAKEN)
         del self._groups[key]
+
+    def _has_last_chance(self, group: Group, step: int) -> bool:
+        return group.late >= PATIENCE and group.version == step - self._bound
 
     def _order(self, group: Group) -> tuple[int, int]:
         return (0, group.turn) if self._ordered else (group.version, group.turn)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from rlsys.config.errors import UserError
 from rlsys.data.base import Row
 from rlsys.data.permutation import Permutation
 from rlsys.data.prompts import PromptEncoder
+
+Place = tuple[int, int]
+"""Row and epoch."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,10 @@ class PromptOrder:
         self.rows = rows
         self._seed, self._shuffle = seed, shuffle
 
-    def take(self, position: DataPosition, count: int) -> tuple[list[tuple[int, int]], DataPosition]:
+    def take(self, position: DataPosition, count: int) -> tuple[list[Place], DataPosition]:
         """``count`` pairs (row, epoch) from ``position`` on, and the position after them. Where an epoch ends the next
         one begins, within one call too: in every epoch every row comes once."""
-        taken: list[tuple[int, int]] = []
+        taken: list[Place] = []
         epoch, index = position.epoch, position.index
         while len(taken) < count:
             stop = min(self.rows, index + count - len(taken))
@@ -89,25 +92,31 @@ class PromptStream:
         Raises:
             UserError: a prompt is too long, and it was not asked to drop it; or all of them are.
         """
-        rows: list[Row] = []
-        prompts: list[list[int]] = []
-        uids: list[str] = []
+        return self.draw(self._prompts_per_step if count is None else count)[0]
+
+    def draw(self, count: int) -> tuple[DataProto, list[Place]]:
+        """The next ``count`` prompts as :meth:`next_batch` has them, and where in the data each one is."""
+        drawn: list[tuple[Place, Row, list[int]]] = []
         dropped_in_a_row = 0
-        wanted = self._prompts_per_step if count is None else count
-        while len(prompts) < wanted:
-            places, self.position = self._order.take(self.position, wanted - len(prompts))
-            drawn = [self._data[row] for row, _ in places]
-            for row, (_, epoch), ids in zip(drawn, places, self._encoder.encode_many(drawn), strict=True):
+        while len(drawn) < count:
+            places, self.position = self._order.take(self.position, count - len(drawn))
+            for place, row, ids in self._encoded(places):
                 if ids is None:
                     dropped_in_a_row += 1
                     continue
                 dropped_in_a_row = 0
-                rows.append(row)
-                prompts.append(ids)
-                uids.append(f"{row.row_id}@{epoch}")
+                drawn.append((place, row, ids))
             if dropped_in_a_row >= 2 * self._order.rows:
                 raise _nothing_left("training", self._order.rows)
-        return _batch(rows, prompts, uids)
+        return _prompts_at(drawn), [place for place, *_ in drawn]
+
+    def again(self, places: Sequence[Place]) -> DataProto:
+        """The prompts at these places, which :meth:`draw` gave out before; the position stays."""
+        return _prompts_at([(place, row, ids) for place, row, ids in self._encoded(places) if ids is not None])
+
+    def _encoded(self, places: Sequence[Place]) -> Iterator[tuple[Place, Row, list[int] | None]]:
+        rows = [self._data[row] for row, _ in places]
+        return zip(places, rows, self._encoder.encode_many(rows), strict=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, as JSON content."""
@@ -150,6 +159,11 @@ def held_out_batch(rows: Sequence[Row], encoder: PromptEncoder, *, problems: int
     if not kept:
         raise _nothing_left("held-out", len(rows))
     return _batch(kept, prompts, [f"{row.row_id}@eval" for row in kept])
+
+
+def _prompts_at(drawn: Sequence[tuple[Place, Row, list[int]]]) -> DataProto:
+    uids = [f"{row.row_id}@{epoch}" for (_, epoch), row, _ in drawn]
+    return _batch([row for _, row, _ in drawn], [ids for *_, ids in drawn], uids)
 
 
 def _batch(rows: Sequence[Row], prompts: Sequence[list[int]], uids: Sequence[str]) -> DataProto:
