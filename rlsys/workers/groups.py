@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import ray
@@ -20,14 +20,14 @@ from rlsys.cluster.session import Placement
 from rlsys.config.errors import UserError
 from rlsys.config.sampler import sampled_adapter, sampler_ranks
 from rlsys.config.schema import DeadlineConfig, DistillationConfig, ModelConfig, RunConfig, TrainerConfig
-from rlsys.engines.rollout.base import Rest
+from rlsys.engines.rollout.base import InFlight, Rest
 from rlsys.engines.sync.broadcast import Meeting
 from rlsys.engines.sync.buckets import Entry
 from rlsys.engines.sync.cuda_ipc import IpcBucket
 from rlsys.engines.sync.verify import check_sync
 from rlsys.workers.reference import ReferenceWorker
 from rlsys.workers.reward import ContextSettings, RewardSummary, RewardWorker
-from rlsys.workers.rollout import RolloutSummary, RolloutWorker, SampleRequest
+from rlsys.workers.rollout import CONCURRENCY_GROUPS, RolloutSummary, RolloutWorker, SampleRequest
 from rlsys.workers.trainer import AdvantageSummary, ForwardSummary, Slice, TokenAdvantagesRequest, TrainerWorker
 from rlsys.workers.waits import ActorFailed, Call, DeadlineExceeded, StopFlag, gather
 from rlsys.workers.weights import Host, SendRequest, SentWeights, TakenWeights
@@ -49,11 +49,14 @@ class _Group:
 
     role: str
     worker: type
+    concurrency_groups: ClassVar[dict[str, int]] = {}
 
     def __init__(self, placement: Placement, deadlines: DeadlineConfig, stop: StopFlag, **extra_options: Any):
         self._deadlines, self._stop = deadlines, stop
         specs = placement.plan.of(self.role)
-        remote = ray.remote(self.worker)
+        # Ray takes them here only; options() has no say in them.
+        made = ray.remote(concurrency_groups=self.concurrency_groups) if self.concurrency_groups else ray.remote
+        remote = made(self.worker)
         self._actors = [
             _Actor(
                 spec,
@@ -64,6 +67,10 @@ class _Group:
 
     def __len__(self) -> int:
         return len(self._actors)
+
+    def handles(self) -> dict[str, Any]:
+        """Ray's handle of each actor, by ``ROLE_INDEX``."""
+        return {f"{actor.spec.role}_{actor.spec.index}": actor.handle for actor in self._actors}
 
     def _arguments(self, spec: ActorSpec, count: int) -> tuple[Any, ...]:
         return ()
@@ -93,7 +100,7 @@ class _Group:
 
 
 class RolloutGroup(_Group):
-    role, worker = "rollout", RolloutWorker
+    role, worker, concurrency_groups = "rollout", RolloutWorker, CONCURRENCY_GROUPS
 
     def __init__(self, placement: Placement, deadlines: DeadlineConfig, stop: StopFlag):
         super().__init__(placement, deadlines, stop, max_concurrency=1000)
@@ -140,17 +147,22 @@ class RolloutGroup(_Group):
     def hosts(self) -> list[Host]:
         return self._gather([a.call("host", what="its host") for a in self._actors], "sync")
 
-    def update_weights(self, sent: SentWeights, version: WeightVersion) -> list[TakenWeights]:
+    def update_weights(
+        self, sent: SentWeights, version: WeightVersion, in_flight: InFlight = "finish"
+    ) -> list[TakenWeights]:
         """Hands the trainer's weights to every sampler and checks that they arrived.
+
+        Args:
+            in_flight: what becomes of sequences under way (``RolloutEngine.update_weights``).
 
         Raises:
             SyncError: a sampler's checksum is not the sender's.
         """
-        calls = self._updates(sent, version)
+        calls = self._updates(sent, version, in_flight)
         return self._checked(sent, calls, self._gather(calls, "sync"))
 
     def receive_broadcast(
-        self, trainer: TrainerGroup, dtype: str, request: SendRequest
+        self, trainer: TrainerGroup, dtype: str, request: SendRequest, in_flight: InFlight = "finish"
     ) -> tuple[SentWeights, list[TakenWeights]]:
         """Has the samplers' GPUs receive what trainer rank 0 broadcasts. They meet at the first call.
 
@@ -162,20 +174,20 @@ class RolloutGroup(_Group):
             self._meet(trainer)
         announced = SentWeights("nccl", [], "", 0, index=tuple(self._broadcast_index))
         sending = trainer.broadcasting(dtype, self._broadcast_index)
-        receiving = self._updates(announced, request.version)
+        receiving = self._updates(announced, request.version, in_flight)
         answers = self._gather([*sending, *receiving], "sync")
         sent, taken = answers[0], answers[len(sending) :]
         return sent, self._checked(sent, receiving, taken)
 
     def read_buckets(
-        self, trainer: TrainerGroup, dtype: str, request: SendRequest
+        self, trainer: TrainerGroup, dtype: str, request: SendRequest, in_flight: InFlight = "finish"
     ) -> tuple[SentWeights, list[TakenWeights]]:
         """Has the samplers read what trainer ranks pack on their GPUs, one bucket after the other.
 
         Raises:
             SyncError: a sampler's checksum is not the sender's.
         """
-        updating = self._updates(SentWeights("cuda_ipc", [], "", 0), request.version)
+        updating = self._updates(SentWeights("cuda_ipc", [], "", 0), request.version, in_flight)
         while isinstance(packed := trainer.pack_weights(dtype), IpcBucket):
             self._offer(packed)
         self._offer(None)
@@ -195,8 +207,9 @@ class RolloutGroup(_Group):
         ]
         self._gather(calls, "sync")
 
-    def _updates(self, sent: SentWeights, version: WeightVersion) -> list[Call]:
-        return [a.call("update_weights", sent, version, what=f"weights of step {version.step}") for a in self._actors]
+    def _updates(self, sent: SentWeights, version: WeightVersion, in_flight: InFlight) -> list[Call]:
+        what = f"weights of step {version.step}"
+        return [a.call("update_weights", sent, version, in_flight, what=what) for a in self._actors]
 
     def _checked(self, sent: SentWeights, calls: list[Call], taken: list[TakenWeights]) -> list[TakenWeights]:
         for call, answer in zip(calls, taken, strict=True):
