@@ -19,11 +19,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlsys.batch.versions import WeightVersion
 from rlsys.checkpoint.atomic import writing
 from rlsys.config.errors import UserError
+
+if TYPE_CHECKING:
+    from rlsys.batch.versions import WeightVersion  # its package loads torch, which the command line does not wait for
 
 FILE_NAME = "ledger.jsonl"
 
@@ -94,6 +96,7 @@ class Ledger:
     def resumed(self, step: int, lineage: int) -> None:
         """The run goes on as the new ``lineage`` from its checkpoint of ``step`` (0: from its start): all that was
         written after that checkpoint is void, and its outstanding groups may be handed out anew, with the same attempt.
+        A group that was handed out later, and is kept over it, is written anew.
         """
         self._append("resumed", (), step=step, lineage=lineage)
 
@@ -311,7 +314,7 @@ class _Replay:
             self._wrong(Kind.ORDER, given, "was received and never handed out")
         elif known.state is State.IN_FLIGHT and known.attempt == given.attempt:
             known.state = State.READY
-        elif known.attempt > given.attempt or known.state is State.WAITING:
+        elif known.attempt > given.attempt or known.state in (State.WAITING, State.FILTERED, State.FAILED):
             self.late += 1
         else:
             self._wrong(Kind.ORDER, given, f"was received as attempt {given.attempt} while it was {_of(known)}")
