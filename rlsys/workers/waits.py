@@ -3,19 +3,22 @@ in which phase, and for what."""
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from rlsys.config.errors import UserError
-from rlsys.workers.under_way import under_way
+from rlsys.workers.under_way import Wait, under_way
 
 _POLL_S = 0.5  # how soon a request to stop is noticed while nothing arrives
 
@@ -64,21 +67,134 @@ class Call:
     ref: of its answer (the part that the driver wants to see).
     actor: who was asked ("rollout worker 0"); what: for what ("64 responses").
     payload: whatever the caller wants back together with the answer.
+    index: of the actor in its group; life: which of its processes was asked, where it may be restarted.
     """
 
     ref: ray.ObjectRef
     actor: str
     what: str
     payload: Any = field(default=None)
+    index: int = 0
+    life: int = 0
+
+
+class Recover(Protocol):
+    """Who takes over the calls of actors that are lost."""
+
+    @property
+    def owes(self) -> bool:
+        """Whether more calls will come."""
+        ...
+
+    def calls(self) -> Sequence[Call]:
+        """Those to wait for besides, from now. Asked after every answer, and twice a second."""
+        ...
+
+    def lost(self, call: Call, error: Exception) -> None:
+        """Takes over a call that failed for want of infrastructure, or raises."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A call that is over. error: what came in the place of its answer."""
+
+    call: Call
+    answer: Any = None
+    error: Exception | None = None
+
+
+class Waiting:
+    """Calls under way, each with a phase and a deadline of its own. A context: a watchdog sees it meanwhile.
+
+    Args:
+        stop: looked at twice a second.
+    """
+
+    def __init__(self, stop: StopFlag | None = None):
+        self._stop = stop
+        self._pending: dict[str, dict[ray.ObjectRef, Call]] = {}  # by phase
+        self._waits: dict[str, Wait] = {}
+        self._deadlines: list[tuple[float, int, ray.ObjectRef]] = []  # a heap; of calls that are over too
+        self._limits: dict[ray.ObjectRef, tuple[str, float, float]] = {}  # phase, its seconds, when they are over
+        self._numbers = count()
+        # Ray tells when an answer is there. Asking it for the next one of n would look at all n, each time.
+        self._ended: SimpleQueue[tuple[Call, Future]] = SimpleQueue()
+        self._watched = ExitStack()
+
+    def __enter__(self) -> Waiting:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._watched.close()
+
+    def __len__(self) -> int:
+        return len(self._limits)
+
+    def add(self, call: Call, *, phase: str, seconds: float, until: float | None = None) -> None:
+        """Waits for this one too. seconds: the phase's limit; until: when it is over; None: so long from now."""
+        if phase not in self._pending:
+            self._pending[phase] = {}
+            self._waits[phase] = self._watched.enter_context(under_way(phase, self._pending[phase]))
+        elif not self._pending[phase]:
+            self._waits[phase].answered()  # nobody was waited for until now
+        until = time.monotonic() + seconds if until is None else until
+        self._pending[phase][call.ref] = call
+        self._limits[call.ref] = phase, seconds, until
+        heapq.heappush(self._deadlines, (until, next(self._numbers), call.ref))
+        call.ref.future().add_done_callback(partial(_note, self._ended, call))
+
+    def next(self) -> Ended | None:
+        """The next call that is over; None: none within half a second. One whose deadline passes is over too, and what
+        it answers later is not heard.
+
+        Raises:
+            StopRequested: ``stop`` was requested.
+        """
+        if self._stop is not None:
+            self._stop.check()
+        while self._deadlines and self._deadlines[0][2] not in self._limits:
+            heapq.heappop(self._deadlines)
+        left = self._deadlines[0][0] - time.monotonic() if self._deadlines else _POLL_S
+        if left <= 0:
+            return self._too_late(self._deadlines[0][2])
+        try:
+            call, future = self._ended.get(timeout=min(left, _POLL_S))
+        except Empty:
+            return None
+        if call.ref not in self._limits:
+            return None
+        phase, seconds, until = self._over(call)
+        if future.exception() is None:
+            return Ended(call, future.result())
+        try:
+            return Ended(call, fetch(call, phase, seconds, until))
+        except (DeadlineExceeded, ActorFailed, UserError) as error:
+            return Ended(call, error=error)
+
+    def _too_late(self, ref: ray.ObjectRef) -> Ended:
+        phase, seconds, _ = self._limits[ref]
+        now, pending = time.monotonic(), self._pending[phase]
+        late = [call for call in pending.values() if self._limits[call.ref][2] <= now]
+        error = DeadlineExceeded(_late(late, phase, seconds))
+        self._over(pending[ref])
+        return Ended(next(call for call in late if call.ref == ref), error=error)
+
+    def _over(self, call: Call) -> tuple[str, float, float]:
+        phase, seconds, until = self._limits.pop(call.ref)
+        del self._pending[phase][call.ref]
+        self._waits[phase].answered()
+        return phase, seconds, until
 
 
 def as_completed(
-    calls: Sequence[Call], *, phase: str, seconds: float, stop: StopFlag | None = None
+    calls: Sequence[Call], *, phase: str, seconds: float, stop: StopFlag | None = None, recover: Recover | None = None
 ) -> Iterator[tuple[Call, Any]]:
     """Yields (call, answer) as answers arrive.
 
     Args:
-        seconds: deadline for all of them together, from now.
+        seconds: deadline for all of them together, from now; a call that ``recover`` makes has as long from then.
+        recover: takes over what fails because an actor is lost or late; the errors below that say so are then its own.
 
     Raises:
         DeadlineExceeded: naming every actor that has not answered.
@@ -86,36 +202,41 @@ def as_completed(
         UserError: an actor refused its input.
         StopRequested: ``stop`` was requested.
     """
-    pending = {call.ref: call for call in calls}
-    deadline = time.monotonic() + seconds
-    # Ray tells when an answer is there. Asking it for the next one of n would look at all n, each time.
-    ended: SimpleQueue[tuple[Call, Future]] = SimpleQueue()
-    for call in pending.values():
-        call.ref.future().add_done_callback(partial(_note, ended, call))
-    with under_way(phase, pending) as wait:
-        while pending:
-            if stop is not None:
-                stop.check()
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise DeadlineExceeded(_late(list(pending.values()), phase, seconds))
-            try:
-                call, future = ended.get(timeout=min(left, _POLL_S))
-            except Empty:
+    with Waiting(stop) as waiting:
+        until = time.monotonic() + seconds
+        for call in calls:
+            waiting.add(call, phase=phase, seconds=seconds, until=until)
+        while waiting or (recover is not None and recover.owes):
+            for call in recover.calls() if recover is not None else ():
+                waiting.add(call, phase=phase, seconds=seconds)
+            ended = waiting.next()
+            if ended is None:
                 continue
-            del pending[call.ref]
-            wait.answered()
-            yield call, future.result() if future.exception() is None else fetch(call, phase, seconds, deadline)
+            if ended.error is None:
+                yield ended.call, ended.answer
+            elif recover is not None and is_loss(ended.error):
+                recover.lost(ended.call, ended.error)
+            else:
+                raise ended.error
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether it says that an actor is gone or late, and nothing about what it was asked."""
+    return isinstance(error, ActorLost | DeadlineExceeded)
 
 
 def _note(ended: SimpleQueue[tuple[Call, Future]], call: Call, future: Future) -> None:
     ended.put((call, future))
 
 
-def gather(calls: Sequence[Call], *, phase: str, seconds: float, stop: StopFlag | None = None) -> list[Any]:
-    """The answers in the order of the calls; errors as in :func:`as_completed`."""
-    answers = {call.ref: answer for call, answer in as_completed(calls, phase=phase, seconds=seconds, stop=stop)}
-    return [answers[call.ref] for call in calls]
+def gather(
+    calls: Sequence[Call], *, phase: str, seconds: float, stop: StopFlag | None = None, recover: Recover | None = None
+) -> list[Any]:
+    """The answers in the order of the calls; errors as in :func:`as_completed`. With ``recover``, those that came,
+    without those of calls that were lost."""
+    completed = as_completed(calls, phase=phase, seconds=seconds, stop=stop, recover=recover)
+    answers = {call.ref: answer for call, answer in completed}
+    return [answers[call.ref] for call in calls if call.ref in answers]
 
 
 def fetch(call: Call, phase: str, seconds: float, deadline: float) -> Any:
