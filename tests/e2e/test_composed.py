@@ -163,6 +163,7 @@ def check_resumed(whole: Whole, run_job: RunJob, root: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_that_died_goes_on_bit_for_bit_on_two_ranks(whole: Whole, run_job: RunJob, tmp_path: Path) -> None:
     folder = check_resumed(whole, run_job, tmp_path)
     assert (folder / "model" / "model.safetensors").is_file()

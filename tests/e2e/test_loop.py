@@ -81,7 +81,7 @@ def check_steps(root: Path, *metrics: str) -> None:
 
 def in_time(case: Case) -> Any:
     """The families that the others do not stand for take their turn in `make test-all`."""
-    marks = [pytest.mark.slow] if case.name.startswith(("llama", "qwen2-tied")) else []
+    marks = [pytest.mark.slow] if case.name.startswith(("llama", "qwen2-tied", "qwen3-tied")) else []
     return pytest.param(case, id=case.name, marks=marks)
 
 
@@ -106,6 +106,7 @@ def test_every_family_trains_on_what_vllm_samples(family: Family, tied: bool, ru
     check_steps(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_step_on_the_prompts_of_gsm8k(run_job: RunJob, gsm8k_folder: Path, tmp_path: Path) -> None:
     """llama-tied: with the others, every family and head has been through the loop."""
     model = make_model_folder(tmp_path / "model", "llama", tied=True, max_length=2048)
@@ -133,6 +134,7 @@ FROM_FILE = (
 )
 
 
+@pytest.mark.slow
 def test_a_sampler_that_does_not_answer_ends_the_run_at_its_last_whole_step(run_job: RunJob, tmp_path: Path) -> None:
     model = make_model_folder(tmp_path / "model")
     rows = prompts_file(tmp_path / "rows.jsonl", ["one", "two", "three", "four", "five", "six", "stuck", "seven"])

@@ -89,6 +89,7 @@ def test_a_checkpoint_has_an_adapter_that_peft_loads_and_no_frozen_weight(whole:
     assert sum(path.stat().st_size for path in files) < (model / "model.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(run: Run, model: Path, whole: Path, tmp_path: Path) -> None:
     for steps in (1, STEPS):
         assert run(tmp_path, *OVERRIDES, f"model.path={model}", f"steps={steps}", "resume=auto") == 0

@@ -36,6 +36,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> Profiled:
     return Profiled(only_run(root), done.stdout)
 
 
+@pytest.mark.slow
 def test_every_actor_and_phase_is_on_one_clock(profiled: Profiled) -> None:
     events = profiled.trace()["traceEvents"]
     actors = {e["args"]["name"]: e["pid"] for e in events if e["name"] == "process_name"}
@@ -54,6 +55,7 @@ def test_every_actor_and_phase_is_on_one_clock(profiled: Profiled) -> None:
     assert len(of("rollout_0", "verb", "generate")) == 2
 
 
+@pytest.mark.slow
 def test_torchs_operators_lie_inside_the_verbs_of_the_last_step(profiled: Profiled) -> None:
     timed = [e for e in profiled.trace()["traceEvents"] if e["ph"] == "X"]
     last = [e for e in timed if e["name"] == "step 2"]
@@ -65,11 +67,13 @@ def test_torchs_operators_lie_inside_the_verbs_of_the_last_step(profiled: Profil
         assert all(_inside(e, last) for e in found)
 
 
+@pytest.mark.slow
 def test_a_table_says_where_the_time_went(profiled: Profiled) -> None:
     for word in ("phase of the loop", "update", "trainer_0", "forward_backward", "idle", "aten::mm", "trace.json"):
         assert word in profiled.output
 
 
+@pytest.mark.slow
 def test_each_step_has_the_metrics(profiled: Profiled) -> None:
     for step in steps_of(profiled.folder):
         assert 0 < step["throughput/mfu"] < 1.5

@@ -36,6 +36,7 @@ def is_such_a_start(figures: dict[str, dict[str, float]]) -> None:
         assert min(told["greedy"] - told["greedy without"], told["sampled"] - told["sampled without"]) > 0.25
 
 
+@pytest.mark.slow
 def test_the_bundled_start_is_small_and_has_something_to_learn(evaluate) -> None:
     folder = Path(bundled_model("bundled:arithmetic"))
     assert sum(path.stat().st_size for path in folder.iterdir()) < 2 << 20
