@@ -12,7 +12,6 @@ late; those are found by :meth:`expired`, and what is too old is never taken.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -51,16 +50,16 @@ class GroupBuffer:
     def __init__(self, groups_per_step: int, max_staleness: int, *, ordered: bool = False):
         self.version = 0
         self._per_step, self._bound, self._ordered = groups_per_step, max_staleness, ordered
-        self._groups: dict[Hashable, Group] = {}
+        self._groups: dict[str, Group] = {}
         self._turns = 0
 
     def __len__(self) -> int:
         return len(self._groups)
 
-    def __getitem__(self, key: Hashable) -> Group:
+    def __getitem__(self, key: str) -> Group:
         return self._groups[key]
 
-    def keys(self, *states: State) -> list[Hashable]:
+    def within(self, *states: State) -> list[str]:
         """Groups in these states (none given: in any), first handed out first."""
         return [key for key, group in self._groups.items() if not states or group.state in states]
 
@@ -69,7 +68,7 @@ class GroupBuffer:
         """How many more groups may be handed out now."""
         return max(0, (self._bound + 1) * self._per_step - len(self._groups))
 
-    def hand_out(self, key: Hashable, *, attempt: int = 0) -> Group:
+    def hand_out(self, key: str, *, attempt: int = 0) -> Group:
         """A new group, sampled by the present weights or later ones."""
         if key in self._groups:
             raise ValueError(f"group {key!r} is handed out already")
@@ -79,27 +78,27 @@ class GroupBuffer:
         self._turns += 1
         return self._groups[key]
 
-    def is_expected(self, key: Hashable, attempt: int) -> bool:
+    def is_expected(self, key: str, attempt: int) -> bool:
         """Whether an answer to this attempt is still wanted."""
         group = self._groups.get(key)
         return group is not None and group.attempt == attempt and group.state is State.IN_FLIGHT
 
-    def ready(self, key: Hashable) -> None:
+    def ready(self, key: str) -> None:
         """The group is sampled and scored."""
         self._in(key, State.IN_FLIGHT).state = State.READY
 
-    def drop(self, key: Hashable) -> None:
+    def drop(self, key: str) -> None:
         """The group will not be trained on."""
         self._in(key, State.IN_FLIGHT, State.READY)
         del self._groups[key]
 
-    def reissue(self, key: Hashable) -> Group:
+    def reissue(self, key: str) -> Group:
         """The group is sampled anew, from the present weights. It keeps its turn."""
         group = self._in(key, State.IN_FLIGHT, State.READY)
         group.attempt, group.version, group.state = group.attempt + 1, self.version, State.IN_FLIGHT
         return group
 
-    def expired(self, step: int) -> list[Hashable]:
+    def expired(self, step: int) -> list[str]:
         """Groups that can no longer be trained when the trainer has the weights of ``step``: to be reissued or dropped.
         Each call counts for their patience."""
         late = [k for k, g in self._groups.items() if g.state is not State.TAKEN and g.version < step - self._bound]
@@ -107,7 +106,7 @@ class GroupBuffer:
             self._groups[key].late += 1
         return late
 
-    def take(self, step: int, count: int | None = None) -> list[Hashable] | None:
+    def take(self, step: int, count: int | None = None) -> list[str] | None:
         """The groups of the next step; None: not yet.
 
         Args:
@@ -130,7 +129,7 @@ class GroupBuffer:
             self._groups[key].state = State.TAKEN
         return chosen
 
-    def trained(self, key: Hashable) -> None:
+    def trained(self, key: str) -> None:
         """The group has been trained on."""
         self._in(key, State.TAKEN)
         del self._groups[key]
@@ -141,7 +140,7 @@ class GroupBuffer:
     def _order(self, group: Group) -> tuple[int, int]:
         return (0, group.turn) if self._ordered else (group.version, group.turn)
 
-    def _in(self, key: Hashable, *states: State) -> Group:
+    def _in(self, key: str, *states: State) -> Group:
         group = self._groups[key]
         if group.state not in states:
             raise ValueError(f"group {key!r} is {group.state.value}")
