@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from rlsys.config import clusters, schema
 from rlsys.config.errors import UserError
 from rlsys.config.ignored import no_teacher
+from rlsys.config.off_policy import check_controller
 from rlsys.config.sampler import check_sampler
 from rlsys.config.schema import RunConfig
 from rlsys.config.values import FOLDED
@@ -166,6 +167,16 @@ def cross_check(config: RunConfig) -> None:
     Raises:
         UserError: at the first contradiction.
     """
+    _check_trainer(config)
+    _check_reward(config)
+    check_sampler(config)
+    _check_kl(config)
+    _check_schedules(config)
+    _check_budget(config)
+    check_controller(config)
+
+
+def _check_trainer(config: RunConfig) -> None:
     data, trainer = config.data, config.trainer
     sample = data.max_prompt_tokens + data.max_response_tokens
     together = trainer.sequence_ranks  # ranks that hold one sample
@@ -200,6 +211,15 @@ def cross_check(config: RunConfig) -> None:
             where="trainer.updates_per_step",
             fix="choose a divisor of data.prompts_per_step",
         )
+    if trainer.critic.warmup_steps >= config.steps:
+        raise UserError(
+            f"the critic warms up for {trainer.critic.warmup_steps} of {config.steps} steps: the policy never learns",
+            where="trainer.critic.warmup_steps",
+            fix=f"set it to less than {config.steps}, or steps to more",
+        )
+
+
+def _check_reward(config: RunConfig) -> None:
     if not config.reward.parts:
         raise UserError(
             "the reward has no parts",
@@ -225,30 +245,16 @@ def cross_check(config: RunConfig) -> None:
             where="eval.pass_k",
             fix=f"set eval.samples={config.eval.pass_k} or more",
         )
-    if (
-        config.algorithm.kl.coef
-        and config.algorithm.kl.placement == "reward"
-        and config.algorithm.kl.estimator == "k3+"
-    ):
+
+
+def _check_kl(config: RunConfig) -> None:
+    kl = config.algorithm.kl
+    if kl.coef and kl.placement == "reward" and kl.estimator == "k3+":
         raise UserError(
             "k3+ differs from k3 in its gradient only, and a penalty on the reward has none",
             where="algorithm.kl.estimator",
             fix="use k1, k2 or k3, or algorithm.kl.placement=loss",
         )
-    check_sampler(config)
-    _check_kl(config)
-    if trainer.critic.warmup_steps >= config.steps:
-        raise UserError(
-            f"the critic warms up for {trainer.critic.warmup_steps} of {config.steps} steps: the policy never learns",
-            where="trainer.critic.warmup_steps",
-            fix=f"set it to less than {config.steps}, or steps to more",
-        )
-    _check_schedules(config)
-    _check_budget(config)
-
-
-def _check_kl(config: RunConfig) -> None:
-    kl = config.algorithm.kl
     if kl.coef and kl.placement == "reward" and kl.corrected:
         raise UserError(
             "the correction of the KL is one of its gradient, and a penalty on the reward has none",

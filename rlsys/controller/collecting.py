@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,11 +14,16 @@ from rlsys.algorithms.filters import kept
 from rlsys.algorithms.requirements import needs_baselines
 from rlsys.batch import DataProto
 from rlsys.config.schema import RunConfig
-from rlsys.data.sampler import PromptStream
 from rlsys.workers.experience import SHARDS_PER_WORKER, Experience, collect
 from rlsys.workers.groups import ReferenceGroup, RewardGroup, RolloutGroup
 from rlsys.workers.rollout import SampleRequest
 from rlsys.workers.waits import StopFlag
+
+
+class Prompts(Protocol):
+    """Where prompts come from, as ``PromptStream`` gives them."""
+
+    def next_batch(self, count: int | None = None) -> DataProto: ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Collector:
     rollout: RolloutGroup
     reward: RewardGroup
     reference: ReferenceGroup | None
-    prompts: PromptStream
+    prompts: Prompts
     stop: StopFlag
     check: Callable[[Experience], None]
     recorded_rows: int

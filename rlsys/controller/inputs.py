@@ -10,10 +10,11 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from rlsys.algorithms.requirements import needs_critic, needs_teacher
+from rlsys.algorithms.requirements import needs_baselines, needs_critic, needs_teacher
 from rlsys.batch import DataProto
 from rlsys.config.assets import bundled_model
 from rlsys.config.errors import UserError
+from rlsys.config.modes import SyncController
 from rlsys.config.schema import RunConfig, VllmRollout
 from rlsys.controller.trial import try_out
 from rlsys.data.base import load_dataset
@@ -59,6 +60,7 @@ def check_inputs(config: RunConfig) -> Inputs:
         UserError: model, tokenizer, data, reward, estimator, loss, guard or environment cannot be used.
     """
     try_out(config)
+    _check_baselines(config)
     check_backend(config.trainer)
     ENVIRONMENTS.get(config.rollout.environment, where="rollout.environment")
     build_parts(config.reward.parts)
@@ -334,4 +336,15 @@ def _check_experts(folder: Path, config: RunConfig) -> None:
             f"the model has {experts} experts a layer, and new weights of experts cannot be handed to vLLM",
             where="model.path",
             fix="choose a dense model",
+        )
+
+
+def _check_baselines(config: RunConfig) -> None:
+    """A greedy response of the weights that are trained: a stream of samples has none."""
+    if needs_baselines(config) and not isinstance(config.controller, SyncController):
+        raise UserError(
+            f"{config.algorithm.advantage} compares with a greedy response of the weights that are trained, which only "
+            "controller=sync samples",
+            where="algorithm.advantage",
+            fix="choose another estimator (rloo has a baseline of the group's own), or controller=sync",
         )

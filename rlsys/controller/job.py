@@ -6,7 +6,7 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,15 @@ from rlsys.batch.balance import balanced_partitions
 from rlsys.batch.versions import WeightVersion
 from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
-from rlsys.config.errors import UserError
+from rlsys.config.modes import staleness_bound
 from rlsys.config.schema import RunConfig
 from rlsys.controller import step_state
-from rlsys.controller.collecting import Collector
+from rlsys.controller.clock import RunClock
+from rlsys.controller.dead_channels import check_dead
 from rlsys.controller.metrics import combine_updates, experience_metrics, hint_metrics, mismatch_metrics
 from rlsys.controller.profile import Profile
+from rlsys.controller.sources import Source, make_source
+from rlsys.controller.stream import Fleets, Pools
 from rlsys.controller.turns import Turns, turns_of
 from rlsys.data.sampler import PromptStream
 from rlsys.engines.sync.verify import SyncError
@@ -45,6 +48,8 @@ from rlsys.rewards.budget import FailureBudget
 from rlsys.tracking import alerts
 from rlsys.tracking.collapse import CollapseMonitor
 from rlsys.tracking.display import Display
+from rlsys.tracking.ledger import FILE_NAME as LEDGER
+from rlsys.tracking.ledger import Ledger
 from rlsys.tracking.memory import MemoryMonitor
 from rlsys.tracking.meter import Span
 from rlsys.tracking.run import RunFolder
@@ -75,6 +80,7 @@ class Groups:
     reward: RewardGroup
     reference: ReferenceGroup | None
     critic: CriticGroup | None = None
+    fleets: Fleets | None = None
 
     def present(self) -> list[TrainerGroup | RolloutGroup | RewardGroup | ReferenceGroup]:
         every = (self.trainer, self.critic, self.rollout, self.reward, self.reference)
@@ -117,6 +123,8 @@ class Job:
     whole: bool = True
     peak_flops: float | None = None
     profile: Profile | None = None
+    clock: RunClock = field(default_factory=RunClock)
+    source: Source = field(init=False)
     _rows: list[list[np.ndarray]] = field(default_factory=list)
     _baselines: np.ndarray | None = None
     _extra: dict[str, Any] = field(default_factory=dict)
@@ -129,10 +137,36 @@ class Job:
     _dead_steps: Counter[str] = field(default_factory=Counter)
     _saved_step: int | None = None
     _weights: WeightSync | None = None
+    _open: ExitStack = field(default_factory=ExitStack)
+
+    def begin(self) -> None:
+        """Opens the ledger, and what experience will come from."""
+        ledger = Ledger(self.observers.folder.path / LEDGER, self.observers.display.note)
+        self._open.callback(ledger.close)
+        if self.state.step or ledger.path.stat().st_size:
+            ledger.resumed(self.state.step, self.state.lineage)
+        self.source = make_source(
+            self.config,
+            Pools(self.groups.rollout, self.groups.reward, self.groups.reference, self.groups.fleets),
+            self.prompts,
+            ledger,
+            self.stop,
+            check=self._check_experience,
+            recorded_rows=self._recorded_rows(),
+            catch_up=self._catch_up,
+            outstanding=self.state.extra.get("outstanding", ()),
+        )
+        self._open.callback(self.source.close)
+
+    def close(self) -> None:
+        """Gives up what is being sampled. Whoever made the job calls it at its end, however it ended."""
+        self._open.close()
 
     # --- the stages of a step, in the order of the data flow ---
 
     def begin_step(self) -> None:
+        """Raises TimeIsUp where another step would not end before the time limit."""
+        self.clock.step_begins()
         # A checkpoint is written after its step's line: its time is in the next one.
         self._seconds = {name: s for name, s in self._seconds.items() if name == "checkpoint"}
         if self.profile is not None:
@@ -141,11 +175,7 @@ class Job:
         self._spans, self._began_unix = [], time.time()
         self._extra = dict(self.state.extra)
 
-    def next_prompts(self) -> DataProto:
-        with self._phase("prompts"):
-            return self.prompts.next_batch()
-
-    def collect(self, prompts: DataProto) -> Experience:
+    def experience(self) -> Experience:
         """Samples, scores and reference log-probs of the step's prompt groups.
 
         Raises:
@@ -153,21 +183,14 @@ class Job:
         """
         self.observers.display.phase("rollout")
         self.turns.sampling()
-        groups = self.groups
-        collector = Collector(
-            self.config,
-            groups.rollout,
-            groups.reward,
-            groups.reference,
-            self.prompts,
-            self.stop,
-            self._check_experience,
-            self._recorded_rows(),
-        )
         began = time.time()
-        experience, self._baselines, metrics = collector.step(prompts)
+        found = self.source.next(self.state.step)
+        experience, self._baselines = found.experience, found.baselines
+        if found.scored:
+            self._record_failures(found.failures, found.scored, step=self.state.step + 1)
+        self._require_fresh(experience)
         self._spans.append(Span("collect", began, time.time()))
-        self._metrics |= metrics | hint_metrics(experience)
+        self._metrics |= found.metrics | hint_metrics(experience)
         self._seconds |= experience.seconds
         return experience
 
@@ -261,7 +284,8 @@ class Job:
             self.stop.grace_s, self.whole = 0.0, True
         self._metrics |= combine_updates(totals)
         extra = self._extra | ({"pairs": self.pairs.state_dict()} if self.pairs is not None else {})
-        self.state = replace(self.state, step=step, data=self.prompts.state_dict(), extra=extra)
+        self.state = replace(self.state, step=step, extra=extra)
+        self.source.trained(step, self.state.lineage)
         self._unwritten = (experience, advantages)
 
     def _update(self, u: int, advantages: np.ndarray, settings: StepSettings) -> dict[str, float]:
@@ -296,7 +320,15 @@ class Job:
             if self._weights is None:
                 self._weights = WeightSync(self.groups.trainer, self.groups.rollout, self.config)
             with self.turns.syncing():
-                self._metrics |= self._weights(self.version)
+                self._metrics |= self._weights(self.version, in_flight=self.source.in_flight)
+        self.source.advance(self.version)
+
+    def _catch_up(self, samplers: list[int]) -> None:
+        """Gives the present weights to samplers that were started anew."""
+        assert self._weights is not None
+        assert self.groups.fleets is not None
+        self._metrics |= self._weights(self.version, only=samplers)
+        self.groups.fleets.rollout.current(samplers)
 
     @functools.cached_property
     def turns(self) -> Turns:
@@ -357,14 +389,15 @@ class Job:
             raise GuardStop(f"the run collapsed at step {self.state.step}: {collapsed[0].text}")
 
     def checkpoint_if_due(self) -> None:
-        if self.state.step % self.config.checkpoint.every == 0 or self.state.step == self.config.steps:
+        step, every = self.state.step, self.config.checkpoint.every
+        if step % every == 0 or step == self.config.steps or self.clock.checkpoint_due():
             self.checkpoint()
 
     def checkpoint(self) -> Path | None:
         """Saves the last whole step. None where that step has been saved already."""
         if self._saved_step == self.state.step:
             return None
-        with self._phase("checkpoint"):
+        with self._phase("checkpoint"), self.clock.saving():
             partial = self.store.begin(self.state.step)
             try:
                 with self.turns.visiting(optimizer=True):
@@ -373,7 +406,8 @@ class Job:
                         (partial / _CRITIC).mkdir()
                         self.groups.critic.save_state(str(partial / _CRITIC))
                 watched = {"collapse": self.collapse.state_dict(), "dead_steps": dict(self._dead_steps)}
-                self.state = replace(self.state, extra=self.state.extra | watched)
+                data, more = self.source.checkpoint(self.state.step, self.state.lineage)
+                self.state = replace(self.state, data=data, extra=self.state.extra | watched | more)
                 self.state.write(partial)
                 current = self.state.extra.get("evaluated") == self.state.step
                 path = self.store.commit(
@@ -456,7 +490,7 @@ class Job:
 
     def _check_experience(self, experience: Experience) -> None:
         self._record_failures(experience.failures(), len(experience), step=self.state.step + 1)
-        self._require_current(experience)
+        self._require_fresh(experience)
 
     def _token_advantages(self, rewards: np.ndarray) -> np.ndarray:
         """[B] the mean advantage of each sample."""
@@ -548,39 +582,20 @@ class Job:
         for failure in failures:  # where the budget is exceeded, whoever ends the run writes them
             self.observers.folder.log_failure({"step": step, **failure})
 
-    def _require_current(self, experience: Experience) -> None:
-        """The synchronous loop trains on samples of the present weights, and on nothing else."""
+    def _require_fresh(self, experience: Experience) -> None:
+        """Nothing is trained on that is older than the controller's bound, or from weights of another lineage that the
+        trainer's do not come from."""
+        bound = staleness_bound(self.config.controller)
         for shard in experience.shards:
             oldest = shard.rollout.oldest_version
-            if oldest is not None and oldest != self.version:
+            if oldest is not None and not 0 <= self.state.step - oldest.step <= bound:
                 raise SyncError(
-                    f"a sample comes from weights {tuple(oldest)}, and the trainer is at {tuple(self.version)}"
+                    f"a sample comes from weights {tuple(oldest)}, and the trainer is at {tuple(self.version)}: "
+                    f"at most {bound} steps may lie between"
                 )
 
     def _stop_on_dead_channel(self, metrics: dict[str, float]) -> None:
-        """A channel that finds no input for many steps is a mistake in the configuration, not patience."""
-        limit = self.config.guards.dead_steps
-        for name, fraction in metrics.items():
-            if name.endswith("/live_fraction"):
-                self._dead_steps[name] = 0 if fraction else self._dead_steps[name] + 1
-                if self._dead_steps[name] >= limit:
-                    part = name.removesuffix("/live_fraction")
-                    what = "part" if "/" in part else "channel"
-                    raise UserError(
-                        f"the loss {what} '{part}' found no input in {limit} steps: "
-                        + _NO_INPUT.get(part, "no sampled token reached it"),
-                        where=f"step {self.state.step}",
-                        fix=_WITHOUT.get(part, "give it weight 0, or look at the rollouts"),
-                    )
-
-
-_NO_TEACHER = "no response had a teacher's context (hints.source, hints.threshold)"
-_NO_INPUT = {
-    "distillation": _NO_TEACHER,
-    "policy/hybrid": _NO_TEACHER,
-    "preference": "no pair was found (replay.source, replay.min_gap)",
-}
-_WITHOUT = {"policy/hybrid": "leave algorithm.distillation.hybrid out, or look at the rollouts"}
+        check_dead(self._dead_steps, metrics, self.config.guards.dead_steps, step=self.state.step)
 
 
 def _role_and_index(name: str) -> tuple[str, int]:

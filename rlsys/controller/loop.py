@@ -1,4 +1,5 @@
-"""The synchronous loop: one training step is the whole story."""
+"""The loop: one training step is the whole story. How sampling and training overlap is its source's business
+(``rlsys/controller/sources.py``)."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ def train(job: Job) -> None:
         StopRequested: between two stages; the job can then be checkpointed at its last whole step.
         DeadlineExceeded, ActorFailed, RewardBudgetExceeded: see the stages.
     """
+    job.begin()
     job.sync_weights()
     job.evaluate_if_due()
     while job.state.step < job.config.steps:
         job.begin_step()
-        prompts = job.next_prompts()
-        experience = job.collect(prompts)  # rewards and reference start on a shard as soon as it is sampled
+        experience = job.experience()  # rewards and reference start on a shard as soon as it is sampled
         job.load(experience)
         reference_kl = job.old_logprobs()
         advantages = job.advantages(experience, reference_kl)

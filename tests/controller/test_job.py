@@ -178,6 +178,6 @@ def test_hybrid_advantages_without_a_teacher_stop_the_run_after_as_many_steps() 
 
 
 def test_samples_of_other_weights_are_not_trained_on() -> None:
-    make_job(step=0)._require_current(EXPERIENCE)
+    make_job(step=0)._require_fresh(EXPERIENCE)
     with pytest.raises(SyncError, match="a sample comes from weights"):
-        make_job(step=1)._require_current(EXPERIENCE)
+        make_job(step=1)._require_fresh(EXPERIENCE)

@@ -84,7 +84,9 @@ def requested(bench: Bench, *overrides: str, result: Experience | None = None) -
 
     bench.monkeypatch.setattr(collecting, "collect", record)
     with bench.job(*overrides) as job:
-        job.collect(job.next_prompts())
+        job.begin()
+        job.experience()
+        job.close()
     return seen[0]
 
 

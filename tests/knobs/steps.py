@@ -20,7 +20,7 @@ from rlsys.algorithms.requirements import critic_objective
 from rlsys.batch import jagged
 from rlsys.cluster.session import Session
 from rlsys.cluster.topology import one_host
-from rlsys.controller import collecting, run
+from rlsys.controller import collecting, starting
 from rlsys.engines.train.fsdp import FsdpEngine
 from rlsys.tracking.display import PlainDisplay
 from rlsys.workers.experience import Experience
@@ -48,7 +48,9 @@ def filters(bench: Bench) -> None:
             asked.clear()
             leaves = {"algorithm.filters": filters, "algorithm.max_refills": max_refills}
             job.config = with_leaves(plain, leaves)
-            experience = job.collect(job.next_prompts())
+            job.begin()
+            experience = job.experience()
+            job.close()
             return list(asked), len(experience)
 
         assert rounds({}, 2) == ([2], 4)
@@ -102,8 +104,8 @@ def started_critic(bench: Bench, *overrides: str) -> FsdpEngine:
     observers: Any = SimpleNamespace(
         display=display, folder=SimpleNamespace(path=bench.tmp, log_event=lambda *_, **__: None)
     )
-    with run._groups(inputs.config, session, inputs, StopFlag(), observers, None) as made:
-        critic: Any = made.critic
+    with starting.started(inputs.config, session, inputs, StopFlag(), observers, None) as made:
+        critic: Any = made.groups.critic
         ((arguments, options),) = critic.given("starting")
     return FsdpEngine.load(*arguments, **options, critic=True)
 
@@ -124,8 +126,8 @@ LEAF = "trainer.critic.value_clip"
 @entry("trainer.critic.path", "trainer.critic.lr", "trainer.critic.value_clip")
 def critic(bench: Bench) -> None:
     for name in ("TrainerGroup", "RolloutGroup", "RewardGroup", "ReferenceGroup", "CriticGroup"):
-        bench.monkeypatch.setattr(run, name, Group)
-    bench.monkeypatch.setattr(run, "Placement", lambda *_, **__: SimpleNamespace(release=lambda: None))
+        bench.monkeypatch.setattr(starting, name, Group)
+    bench.monkeypatch.setattr(starting, "Placement", lambda *_, **__: SimpleNamespace(release=lambda: None))
     other = make_model_folder(bench.tmp / "other", hidden=96)
     options = [*GAE, f"model.path={bench.model}"]
     with process_group():

@@ -23,7 +23,7 @@ from rlsys.engines.rollout.base import Rest
 from rlsys.tracking.display import PlainDisplay
 from rlsys.tracking.live import LiveDisplay
 from rlsys.workers.experience import collect
-from rlsys.workers.groups import TrainerGroup, _Actor
+from rlsys.workers.groups import TrainerGroup, Actor
 from rlsys.workers.rollout import SampleRequest
 from rlsys.workers.waits import Call, DeadlineExceeded, StopFlag
 
@@ -61,7 +61,7 @@ def trainer_deadlines(bench: Bench) -> None:
     def group(deadlines: DeadlineConfig) -> TrainerGroup:
         made = TrainerGroup.__new__(TrainerGroup)
         made._deadlines, made._stop = deadlines, StopFlag()
-        made._actors = [_Actor(ActorSpec("trainer", 0), Silent())]
+        made._actors = [Actor(ActorSpec("trainer", 0), Silent())]
         return made
 
     config = bench.config()

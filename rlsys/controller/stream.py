@@ -1,0 +1,548 @@
+"""Prompt groups sampled without waiting for the trainer: one thread of the driver hands them out and takes them in.
+
+    prompts → rollout worker (a call a group) → reward, reference → whole scored groups, ready to be taken
+
+Which groups may be handed out, taken, or are too late is the buffer's business (:mod:`rlsys.controller.buffer`); who
+may be given work is the fleets'. The driver moves references and summaries, never tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+import torch
+
+from rlsys.algorithms.filters import kept
+from rlsys.batch import DataProto
+from rlsys.batch.versions import WeightVersion
+from rlsys.config.modes import AsyncController, OneStepOffController, staleness_bound
+from rlsys.config.schema import RunConfig
+from rlsys.controller.buffer import GroupBuffer, State
+from rlsys.data.sampler import Place, PromptStream
+from rlsys.engines.rollout.base import InFlight
+from rlsys.tracking.ledger import Ledger, LedgerGroup
+from rlsys.workers.experience import Experience, Shard
+from rlsys.workers.groups import ReferenceGroup, RewardGroup, RolloutGroup
+from rlsys.workers.reward import RewardSummary
+from rlsys.workers.rollout import Cancelled, RolloutSummary, SampleRequest
+from rlsys.workers.waits import ActorLost, Call, DeadlineExceeded, StopFlag, fetch
+
+if TYPE_CHECKING:
+    from rlsys.workers.fleet import Fleet
+
+_TICK_S = 0.2  # how often liveness and deadlines are looked at while nothing arrives
+_AT_ONCE = 512  # groups under way at one worker; more would wait in its queue, where nobody could give them to another
+_SCORING = 4  # calls under way at the reward actor, and at the reference
+_TOGETHER = 64  # groups in one of these calls
+_STORE_SHARE = 0.4  # of Ray's object store, that groups may take which nobody has trained on yet
+_BYTES_A_TOKEN = 32  # of a group's columns: ids, mask, log-probs, versions, and as much again for what is added
+
+
+@dataclass
+class _Work:
+    """One group on its way. worker: who samples it; since: when it was last handed on, by the monotonic clock."""
+
+    place: Place
+    prompts: ray.ObjectRef
+    row: int
+    worker: int = -1
+    since: float = 0.0
+    columns: ray.ObjectRef | None = None
+    summary: RolloutSummary | None = None
+    reward: tuple[ray.ObjectRef, RewardSummary] | None = None
+    reference: ray.ObjectRef | None = None
+
+    def sampled(self) -> tuple[ray.ObjectRef, RolloutSummary]:
+        assert self.columns is not None
+        assert self.summary is not None
+        return self.columns, self.summary
+
+    def shard(self) -> Shard:
+        columns, summary = self.sampled()
+        assert self.reward is not None
+        rewards, scored = self.reward
+        return Shard((columns, rewards, *([self.reference] if self.reference is not None else [])), summary, scored)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a step is trained on. failures: of all rewards since the step before; scored: samples that they are of."""
+
+    experience: Experience
+    metrics: dict[str, float]
+    failures: list[dict[str, Any]]
+    scored: int
+
+
+@dataclass(frozen=True)
+class Fleets:
+    """Who keeps the actors alive; no reference where nothing reads it."""
+
+    rollout: Fleet
+    reward: Fleet
+    reference: Fleet | None = None
+
+    def present(self) -> list[Fleet]:
+        return [fleet for fleet in (self.rollout, self.reward, self.reference) if fleet is not None]
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The actors that make experience, and who keeps them alive."""
+
+    rollout: RolloutGroup
+    reward: RewardGroup
+    reference: ReferenceGroup | None
+    fleets: Fleets
+
+
+@dataclass
+class _Since:
+    """What happened since the last step was taken."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    scored: int = 0
+    recorded: int = 0
+    filters: Counter[str] = field(default_factory=Counter)
+
+
+class Stream:
+    """Sampling that goes on while others train.
+
+    Args:
+        pools: actors.
+        prompts: where they come from; this stream alone draws them.
+        outstanding: (row, epoch, attempt) of groups that were handed out before the run was interrupted, and not
+            trained: they are handed out again first.
+        ledger: is told of every group.
+        recorded_rows: so many rows of a step, from the first, come back in full for people to read.
+        catch_up: gives the present weights to samplers that were started anew (their indices); called by ``take``.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        pools: Pools,
+        prompts: PromptStream,
+        ledger: Ledger,
+        stop: StopFlag,
+        *,
+        outstanding: Sequence[tuple[int, int, int]] = (),
+        recorded_rows: int = 0,
+        catch_up: Callable[[list[int]], None],
+    ):
+        self._config, self._pools, self._prompts, self._ledger, self._stop = config, pools, prompts, ledger, stop
+        self._per_step = config.data.prompts_per_step
+        ordered = isinstance(config.controller, OneStepOffController)
+        self.buffer = GroupBuffer(self._per_step, staleness_bound(config.controller), ordered=ordered)
+        self._left = self._interrupted(outstanding)
+        self._work: dict[str, _Work] = {}
+        self._unscored: list[str] = []
+        self._unreferenced: list[str] = []
+        self._calls: dict[ray.ObjectRef, tuple[Call, str, list[tuple[str, int]], float]] = {}
+        self._ended: SimpleQueue[tuple[ray.ObjectRef, Future]] = SimpleQueue()
+        self._changed = threading.Condition()
+        self._since = _Since()
+        self._recorded_rows, self._catch_up = recorded_rows, catch_up
+        self._version = WeightVersion(0, 0)
+        self._error: BaseException | None = None
+        self._last_ready = time.monotonic()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+        self._room_bytes = float("inf")
+
+    @property
+    def in_flight(self) -> InFlight:
+        """What an update of the weights does with sequences under way."""
+        controller = self._config.controller
+        return controller.in_flight if isinstance(controller, AsyncController) else "finish"
+
+    # --- the trainer's side ---
+
+    def advance(self, version: WeightVersion) -> None:
+        """Samplers have new weights. Groups that are too old for them are sampled anew; the first call begins all."""
+        with self._changed:
+            self.buffer.version, self._version = version.step, version
+            for key in self.buffer.expired(version.step):
+                self._since.counts["late"] += 1
+                self._reissue(key, "too late for the bound on staleness")
+            if self._thread is None:
+                self._room_bytes = _STORE_SHARE * ray.cluster_resources().get("object_store_memory", float("inf"))
+                self._thread = threading.Thread(target=self._pump, name="stream", daemon=True)
+                self._thread.start()
+
+    def take(self, step: int) -> Taken:
+        """The groups of the next training step, as soon as there are enough.
+
+        Args:
+            step: of the trainer's weights.
+
+        Raises:
+            DeadlineExceeded: no group has ended for ``deadlines.rollout`` seconds.
+            ActorFailed: an actor raised, or was lost more often than ``health.restarts`` allows.
+            StopRequested: ``stop`` was requested.
+        """
+        began = self._last_ready = time.monotonic()
+        while True:
+            stale = self._pools.fleets.rollout.stale()
+            if stale:
+                self._catch_up(stale)
+            with self._changed:
+                if self._error is not None:
+                    raise self._error
+                self._stop.check()
+                keys = self._takeable(step)
+                if keys is not None:
+                    return self._taken(keys, step, time.monotonic() - began)
+                if time.monotonic() - self._last_ready > self._config.deadlines.rollout:
+                    raise DeadlineExceeded(self._late())
+                self._changed.wait(_TICK_S)
+
+    def trained(self, step: int, lineage: int) -> None:
+        """What was taken has become part of the weights of ``step``."""
+        with self._changed:
+            keys = self.buffer.within(State.TAKEN)
+            self._ledger.trained([self._entry(key) for key in keys], step, lineage)
+            for key in keys:
+                self.buffer.trained(key)
+                del self._work[key]
+
+    def checkpoint(self, step: int, lineage: int) -> tuple[dict[str, Any], list[list[int]]]:
+        """What a run that is resumed from the checkpoint of ``step`` goes on from.
+
+        Returns:
+            Where the data stands; (row, epoch, attempt) of the groups that were handed out and are not trained.
+        """
+        with self._changed:
+            keys = self.buffer.within()
+            self._ledger.checkpointed([*map(self._entry, keys), *self._left.values()], step, lineage)
+            under_way = [[*self._work[key].place, self.buffer[key].attempt + 1] for key in keys]
+            return self._prompts.state_dict(), under_way + [[*place, attempt] for place, attempt in self._left]
+
+    def close(self) -> None:
+        """Ends the thread and gives up what is under way."""
+        self._closing = True
+        if self._thread is not None:
+            self._thread.join(10 * _TICK_S)
+        with self._changed:
+            self._cancel(self.buffer.within(State.IN_FLIGHT))
+
+    def _interrupted(self, outstanding: Sequence[Sequence[int]]) -> dict[tuple[Place, int], LedgerGroup]:
+        """Place and next attempt of groups that an interrupted run left, each with the attempt that it left."""
+        places = [((row, epoch), attempt) for row, epoch, attempt in outstanding]
+        uids: list[str] = []
+        if places:
+            uids = list(self._prompts.again([place for place, _ in places]).non_tensor_batch["uid"])
+        samples = self._config.rollout.samples_per_prompt
+        return {one: LedgerGroup(str(uid), one[1] - 1, samples) for one, uid in zip(places, uids, strict=True)}
+
+    def _takeable(self, step: int) -> list[str] | None:
+        keys = self.buffer.take(step)
+        allowed = self._per_step * max(self._config.algorithm.max_refills, 1)
+        if keys is None and self._since.counts["filtered"] >= allowed:
+            # As many prompts have been replaced as may be: the step goes on with what has passed.
+            ready = len(self.buffer.within(State.READY))
+            keys = self.buffer.take(step, min(ready, self._per_step)) if ready else None
+        return keys
+
+    def _taken(self, keys: list[str], step: int, waited_s: float) -> Taken:
+        shards, ages = [], []
+        for key in keys:
+            work = self._work[key]
+            shards.append(work.shard())
+            oldest = shards[-1].rollout.oldest_version
+            ages.append(step - oldest.step if oldest is not None else 0)
+        since, self._since = self._since, _Since()
+        metrics = {
+            "async/wait_s": waited_s,
+            "async/staleness_mean": float(np.mean(ages)),
+            "async/staleness_max": float(np.max(ages)),
+            "async/groups": float(len(keys)),
+            "async/ready": float(len(self.buffer.within(State.READY))),
+            "async/in_flight": float(len(self.buffer.within(State.IN_FLIGHT))),
+            "async/late": float(since.counts["late"]),
+            "async/reissued": float(since.counts["reissued"]),
+            "async/held_back": float(since.counts["held back"]),
+        }
+        if self._config.algorithm.filters:
+            metrics |= {f"filter/{name}_dropped": float(number) for name, number in since.filters.items()}
+            metrics |= {"filter/groups": float(len(keys)), "filter/generated": float(since.scored)}
+        return Taken(Experience(shards, {"rollout": waited_s}), metrics, since.failures, since.scored)
+
+    def _late(self) -> str:
+        under_way = self.buffer.within(State.IN_FLIGHT)
+        who = Counter(self._work[key].worker for key in under_way if self._work[key].summary is None)
+        named = "; ".join(f"rollout worker {worker} ({count} groups)" for worker, count in sorted(who.items())[:8])
+        waiting = "" if named else f"the reward or reference of {len(under_way)} groups"
+        seconds = self._config.deadlines.rollout
+        return f"no group ended within {seconds:g} s in phase 'rollout', waiting for {named or waiting}"
+
+    # --- the thread's side ---
+
+    def _pump(self) -> None:
+        try:
+            while not self._closing:
+                with self._changed:
+                    self._look_after()
+                    self._hand_out()
+                    self._score()
+                try:
+                    ref, future = self._ended.get(timeout=_TICK_S)
+                except Empty:
+                    continue
+                with self._changed:
+                    self._take_in(ref, future)
+                    while not self._ended.empty():
+                        self._take_in(*self._ended.get())
+                    self._changed.notify_all()
+        except BaseException as error:  # noqa: BLE001 - raised by whoever takes the next step
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _look_after(self) -> None:
+        """Liveness of the actors, and deadlines of what they were asked."""
+        for fleet in self._pools.fleets.present():
+            fleet.poll()
+        now, deadlines = time.monotonic(), self._config.deadlines
+        for ref, (call, phase, members, since) in list(self._calls.items()):
+            limit = getattr(deadlines, phase)
+            if now - since <= limit:
+                continue
+            error = DeadlineExceeded(f"{call.actor} did not end {call.what} within deadlines.{phase}={limit:g} s")
+            del self._calls[ref]
+            self._lost(phase, call, members, error, straggler=True)
+
+    def _hand_out(self) -> None:
+        if self._unread_bytes() > self._room_bytes:
+            self._since.counts["held back"] += 1
+            return
+        free = dict.fromkeys(self._pools.fleets.rollout.ready(), _AT_ONCE)
+        if not free:
+            return
+        for key in self.buffer.within(State.IN_FLIGHT):
+            work = self._work[key]
+            if work.summary is None and work.worker in free:
+                free[work.worker] -= 1
+        waiting = [key for key in self.buffer.within(State.IN_FLIGHT) if self._work[key].worker < 0]
+        room = min(self.buffer.room, max(0, sum(free.values()) - len(waiting)))
+        fresh = self._draw(room) if room else []
+        for key in [*waiting, *fresh][: sum(free.values())]:
+            worker = max(free, key=lambda index: free[index])
+            free[worker] -= 1
+            self._send(key, worker)
+
+    def _draw(self, count: int) -> list[str]:
+        """New groups, into the buffer; those that an interrupted run left first."""
+        keys: list[str] = []
+        again = list(self._left)[:count]
+        for one in again:
+            del self._left[one]
+        batches: list[tuple[DataProto, list[Place], list[int]]] = []
+        if again:
+            places = [place for place, _ in again]
+            batches.append((self._prompts.again(places), places, [attempt for _, attempt in again]))
+        if count > len(again):
+            batch, places = self._prompts.draw(count - len(again))
+            batches.append((batch, places, [0] * len(places)))
+        for batch, places, attempts in batches:
+            shared = ray.put(batch)
+            uids = [str(uid) for uid in batch.non_tensor_batch["uid"]]
+            for row, (uid, place, attempt) in enumerate(zip(uids, places, attempts, strict=True)):
+                self.buffer.hand_out(uid, attempt=attempt)
+                self._work[uid] = _Work(place, shared, row)
+            keys += uids
+        self._ledger.issued([self._entry(key) for key in keys], self._version)
+        return keys
+
+    def _send(self, key: str, worker: int) -> None:
+        group, work = self.buffer[key], self._work[key]
+        config = self._config
+        request = SampleRequest(
+            samples=config.rollout.samples_per_prompt,
+            temperature=config.rollout.temperature,
+            max_tokens=config.data.max_response_tokens,
+            run_seed=config.seed,
+            attempt=group.attempt,
+        )
+        work.worker, work.since = worker, time.monotonic()
+        call = self._pools.rollout.generate_one(
+            worker, work.prompts, work.row, request, ticket=_ticket(key, group.attempt)
+        )
+        self._follow(call, "rollout", [key])
+
+    def _score(self) -> None:
+        """Hands sampled groups to the reward actor and the reference, a bounded number at a time."""
+        busy = Counter(phase for _, phase, *_ in self._calls.values())
+        step_rows = self._per_step * self._config.rollout.samples_per_prompt
+        while self._unscored and busy["reward"] < _SCORING and self._pools.fleets.reward.ready():
+            keys, self._unscored = self._unscored[:_TOGETHER], self._unscored[_TOGETHER:]
+            shards, wanted = [], []
+            for key in keys:
+                work = self._work[key]
+                columns, summary = work.sampled()
+                shards.append(columns)
+                wanted.append(min(max(self._recorded_rows - self._since.recorded, 0), len(summary)))
+                self._since.recorded += wanted[-1]
+            rewards, call = self._pools.reward.score(shards, record_rows=wanted, step_rows=step_rows, payload=None)
+            self._follow(call, "reward", keys, payload=rewards)
+            busy["reward"] += 1
+        fleet = self._pools.fleets.reference
+        while self._unreferenced and fleet is not None and busy["reference"] < _SCORING and fleet.ready():
+            assert self._pools.reference is not None
+            keys, self._unreferenced = self._unreferenced[:_TOGETHER], self._unreferenced[_TOGETHER:]
+            logprobs, call = self._pools.reference.logprobs([self._work[key].sampled()[0] for key in keys])
+            self._follow(call, "reference", keys, payload=logprobs)
+            busy["reference"] += 1
+
+    def _follow(self, call: Call, phase: str, keys: Sequence[str], payload: Any = None) -> None:
+        if payload is not None:
+            call = Call(call.ref, call.actor, call.what, payload)
+        members = [(key, self.buffer[key].attempt) for key in keys]
+        self._calls[call.ref] = (call, phase, members, time.monotonic())
+        call.ref.future().add_done_callback(partial(self._note, call.ref))
+
+    def _note(self, ref: ray.ObjectRef, future: Future) -> None:
+        self._ended.put((ref, future))
+
+    def _take_in(self, ref: ray.ObjectRef, future: Future) -> None:
+        """One call has ended."""
+        found = self._calls.pop(ref, None)
+        if found is None:
+            return  # given up before
+        call, phase, members, _ = found
+        wanted = [(i, key) for i, (key, attempt) in enumerate(members) if self.buffer.is_expected(key, attempt)]
+        try:
+            answer = future.result() if future.exception() is None else self._raised(call, phase, wanted)
+        except (ActorLost, DeadlineExceeded) as error:
+            self._lost(phase, call, members, error)
+            return
+        if answer is None:
+            return
+        for index, key in wanted:
+            if phase == "rollout":
+                self._sampled(key, call.payload, answer)
+            elif phase == "reward":
+                self._rewarded(key, call.payload[index], answer[index])
+            else:
+                self._work[key].reference = call.payload[index]
+                self._settle(key)
+
+    def _raised(self, call: Call, phase: str, wanted: list[tuple[int, str]]) -> Any:
+        """What a call that failed raises; None where nobody waits for it: it was cancelled."""
+        cause = getattr(call.ref.future().exception(), "cause", None)
+        if isinstance(cause, Cancelled) and not wanted:
+            return None
+        return fetch(call, phase, getattr(self._config.deadlines, phase), time.monotonic())
+
+    def _sampled(self, key: str, columns: ray.ObjectRef, summary: RolloutSummary) -> None:
+        work = self._work[key]
+        work.columns, work.summary = columns, summary
+        self._ledger.received([self._entry(key)])
+        self._unscored.append(key)
+        if self._pools.reference is not None:
+            self._unreferenced.append(key)
+
+    def _rewarded(self, key: str, columns: ray.ObjectRef, summary: RewardSummary) -> None:
+        work, since = self._work[key], self._since
+        work.reward = (columns, summary)
+        since.failures += summary.failures
+        since.scored += len(summary.rewards)
+        filters = self._config.algorithm.filters
+        tired = since.counts["filtered"] >= self._per_step * (self._config.algorithm.max_refills + 1)
+        if filters and not tired:
+            keep, counts = kept(filters, torch.from_numpy(summary.rewards), [key] * len(summary.rewards))
+            if not keep[0]:
+                since.counts["filtered"] += 1
+                since.filters.update(counts)
+                self._ledger.filtered([self._entry(key)], ", ".join(name for name, number in counts.items() if number))
+                self._forget(key)
+                return
+        self._settle(key)
+
+    def _settle(self, key: str) -> None:
+        """The group is ready when everything is there that will be asked of it."""
+        work = self._work.get(key)
+        if work is None or work.reward is None or (self._pools.reference is not None and work.reference is None):
+            return
+        self.buffer.ready(key)
+        self._last_ready = time.monotonic()
+
+    def _lost(
+        self, phase: str, call: Call, members: Sequence[tuple[str, int]], error: Exception, straggler: bool = False
+    ) -> None:
+        """An actor is gone, or did not answer in time: what it was asked is asked again.
+
+        Raises:
+            ActorFailed: it was lost too often.
+        """
+        keys = [key for key, attempt in members if self.buffer.is_expected(key, attempt)]
+        if phase == "rollout":
+            for key in keys:
+                self._since.counts["reissued"] += 1
+                self._reissue(key, str(error).splitlines()[0])
+            if straggler:  # the sampler answers others; one that does not is found by its silence
+                return
+            self._pools.fleets.rollout.lost(_index(call), error)
+            return
+        fleet = self._pools.fleets.reward if phase == "reward" else self._pools.fleets.reference
+        assert fleet is not None
+        fleet.lost(_index(call), error)
+        waiting = self._unscored if phase == "reward" else self._unreferenced
+        waiting += keys
+
+    def _reissue(self, key: str, why: str) -> None:
+        """From the beginning, by another worker where there is one."""
+        if self.buffer[key].state is State.IN_FLIGHT:
+            self._cancel([key])
+        work = self._work[key]
+        self._ledger.reissued([self._entry(key)], why)
+        self.buffer.reissue(key)
+        self._ledger.issued([self._entry(key)], self._version)
+        self._work[key] = _Work(work.place, work.prompts, work.row)
+        self._no_longer_waits(key)
+
+    def _forget(self, key: str) -> None:
+        self.buffer.drop(key)
+        del self._work[key]
+        self._no_longer_waits(key)
+
+    def _no_longer_waits(self, key: str) -> None:
+        self._unscored = [other for other in self._unscored if other != key]
+        self._unreferenced = [other for other in self._unreferenced if other != key]
+
+    def _cancel(self, keys: Sequence[str]) -> None:
+        """Tells the samplers that nobody waits for these any more. Their answers are not waited for."""
+        by_worker: dict[int, list[str]] = {}
+        for key in keys:
+            if self._work[key].worker >= 0 and self._work[key].summary is None:
+                by_worker.setdefault(self._work[key].worker, []).append(_ticket(key, self.buffer[key].attempt))
+        for worker, tickets in by_worker.items():
+            self._pools.rollout.cancel(worker, tickets)
+
+    def _unread_bytes(self) -> float:
+        found = [work.summary for work in self._work.values() if work.summary is not None]
+        return sum(float((s.prompt_lengths + s.response_lengths).sum()) for s in found) * _BYTES_A_TOKEN
+
+    def _entry(self, key: str) -> LedgerGroup:
+        return LedgerGroup(key, self.buffer[key].attempt, self._config.rollout.samples_per_prompt)
+
+
+def _ticket(key: str, attempt: int) -> str:
+    return f"{key}.{attempt}"
+
+
+def _index(call: Call) -> int:
+    """Of the actor that was asked: its name ends with it."""
+    return int(call.actor.rpartition(" ")[2])
