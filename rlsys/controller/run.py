@@ -6,46 +6,42 @@ import json
 import shlex
 import shutil
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 
-from rlsys.algorithms.requirements import (
-    adapts,
-    critic_objective,
-    needs_critic,
-    needs_reference_worker,
-    needs_teacher,
-    objective,
-)
+from rlsys.algorithms.requirements import adapts, critic_objective, objective
 from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
+from rlsys.cluster import orphans
 from rlsys.cluster.departures import NOTICE_S, departed, present
-from rlsys.cluster.memory import Device, Sizes, check_phases, phases
-from rlsys.cluster.placement import Plan, assign, place
-from rlsys.cluster.session import Placement, Session, connect
-from rlsys.cluster.unified import check_unified
+from rlsys.cluster.processes import Process
+from rlsys.cluster.session import connect
 from rlsys.config.assets import bundled_model
 from rlsys.config.compose import overridden_keys
 from rlsys.config.errors import UserError
 from rlsys.config.ignored import refuse_ignored_on
 from rlsys.config.schema import RunConfig
+from rlsys.controller.clock import RunClock
 from rlsys.controller.doctor import check_cluster, preflight
 from rlsys.controller.heap import settled_heap
 from rlsys.controller.inputs import Inputs, check_inputs
 from rlsys.controller.job import Groups, GuardStop, Job, Observers
 from rlsys.controller.loop import train
 from rlsys.controller.profile import Profile
-from rlsys.controller.recovery import Ending, Restarts
+from rlsys.controller.recovery import Ending, Restarts, lost_trainers
 from rlsys.controller.resume import Origin, find_origin, last_origin
+from rlsys.controller.starting import Started, started
+from rlsys.controller.watchdog import Watchdog
 from rlsys.engines.sync.verify import SyncError
 from rlsys.rewards.budget import RewardBudgetExceeded
 from rlsys.tracking import summary as summaries
-from rlsys.tracking.blocks import count, header_rows
 from rlsys.tracking.collapse import CollapseMonitor
 from rlsys.tracking.display import make_display
 from rlsys.tracking.memory import MemoryMonitor
@@ -53,8 +49,9 @@ from rlsys.tracking.plots import plot_run
 from rlsys.tracking.run import RunFolder
 from rlsys.tracking.secrets import mask
 from rlsys.tracking.trackers import TrackerSet
-from rlsys.workers.groups import CriticGroup, ReferenceGroup, RewardGroup, RolloutGroup, TrainerGroup
-from rlsys.workers.waits import ActorFailed, ActorLost, DeadlineExceeded, StopFlag, StopRequested, gather
+from rlsys.workers.failures import backoff_s
+from rlsys.workers.groups import TrainerGroup
+from rlsys.workers.waits import ActorFailed, ActorLost, DeadlineExceeded, StopFlag, StopRequested
 
 FINISHED, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -93,6 +90,21 @@ def run_job(config: RunConfig, overrides: Sequence[str] = (), *, profile: bool =
         raise
 
 
+@dataclass(frozen=True)
+class _Watch:
+    """What may end a run before its last step: a request, a stall, the clock."""
+
+    stop: StopFlag
+    clock: RunClock
+
+    def ending(self, dog: Watchdog | None, step: int) -> Ending:
+        """How a run ends that was stopped."""
+        if dog is not None and dog.stalled:
+            return Ending(FAILED, dog.stalled, step=step)
+        reason = "stopped before the time limit (time_limit_minutes)" if self.clock.up else "stopped on request"
+        return Ending(INTERRUPTED, reason, step=step)
+
+
 def _run_in(
     folder: RunFolder,
     config: RunConfig,
@@ -113,22 +125,41 @@ def _run_in(
 
         trackers = TrackerSet(config.tracker.use, report)
         observers = Observers(folder, trackers, display, stack.enter_context(MemoryMonitor()))
-        stop = stack.enter_context(_signals())
+        watch = _Watch(stack.enter_context(_signals()), _clock(config))
         stack.callback(display.close)
         folder.log_event("resume" if origin else "start", f"at step {first} of {config.steps}")
         trackers.start(mask(asdict(config)), folder.path)
-        ending = _supervise(config, inputs, origin, observers, stop, overrides, profile)
+        _say_orphans(observers, orphans.end_here(folder.path))
+        ending = _supervise(config, inputs, origin, observers, watch, overrides, profile)
         restarts = Restarts(first)
-        while restarts.allow(ending):
-            ending = _again(ending, config, observers, stop, overrides, profile)
+        while ending.lost and restarts.allow(ending.step):
+            ending = _again(ending, config, observers, watch, overrides, profile)
         _finish(config, observers, ending.status, ending.reason, overrides)
         if ending.profile is not None:
             ending.profile.finish(folder.path, Console(highlight=False))
         return ending.status
 
 
+def _clock(config: RunConfig) -> RunClock:
+    """The limit counts from the start of this process: what started it, and waits for it, counts so too."""
+    limit, every = config.time_limit_minutes, config.checkpoint.every_minutes
+    return RunClock(
+        None if limit is None else 60 * limit,
+        None if every is None else 60 * every,
+        began=psutil.Process().create_time(),
+    )
+
+
+def _say_orphans(observers: Observers, found: Sequence[Process]) -> None:
+    if found:
+        who = ", ".join(f"{process.role} (process {process.pid} on {process.host})" for process in found)
+        text = f"ended what an earlier process of this run had left: {who}"
+        observers.folder.log_event("orphans", text, processes=[asdict(process) for process in found])
+        observers.display.note(text, alert=True)
+
+
 def _again(
-    before: Ending, config: RunConfig, observers: Observers, stop: StopFlag, overrides: Sequence[str], profile: bool
+    before: Ending, config: RunConfig, observers: Observers, watch: _Watch, overrides: Sequence[str], profile: bool
 ) -> Ending:
     """The job from its last checkpoint, on the hosts that remain."""
     inputs = check_inputs(config)
@@ -137,7 +168,7 @@ def _again(
     observers.folder.log_event("restart", text, step=origin.state.step, lost=list(before.lost))
     observers.display.note(text, alert=True)
     try:
-        return _supervise(config, inputs, origin, observers, stop, overrides, profile)
+        return _supervise(config, inputs, origin, observers, watch, overrides, profile)
     except UserError as error:  # with fewer hosts the configuration may no longer fit
         return Ending(FAILED, f"{before.reason}\nwhat remains cannot go on: {error}", step=origin.state.step)
 
@@ -147,7 +178,7 @@ def _supervise(
     inputs: Inputs,
     origin: Origin | None,
     observers: Observers,
-    stop: StopFlag,
+    watch: _Watch,
     overrides: Sequence[str],
     profile: bool,
 ) -> Ending:
@@ -156,49 +187,156 @@ def _supervise(
     Raises:
         UserError: the cluster is not there, too small, or would ignore an override.
     """
-    status, reason, lost = FINISHED, "", list[str]()
-    traced: Profile | None = None
     resumed = origin.state.step if origin else None
-    step = resumed or 0
+    hosts: Mapping[str, str] = {}
+    ending = Ending(FAILED, step=resumed or 0)
     try:
         with ExitStack() as stack:
             session = stack.enter_context(connect(config.cluster, weights_bytes=_sampler_bytes(config, inputs)))
-            _heed_signals(stop)  # Ray has put a handler of SIGTERM in place that ends the process at once
+            _heed_signals(watch.stop)  # Ray has put a handler of SIGTERM in place that ends the process at once
             refuse_ignored_on(session.gpus, overridden_keys(overrides))
             observers.folder.log_event("cluster", f"Ray with {session.said}", logs=session.logs)
             if session.nodes > 1:
-                check_cluster(config, session, observers.folder.path, stop)
+                check_cluster(config, session, observers.folder.path, watch.stop)
+                _say_orphans(observers, orphans.end_elsewhere(observers.folder.path))
             hosts = present() if session.nodes > 1 else {}
             try:
-                groups = stack.enter_context(_groups(config, session, inputs, stop, observers, resumed))
-                job = _job(config, inputs, origin, observers, stop, groups)
+                actors = stack.enter_context(started(config, session, inputs, watch.stop, observers, resumed))
+                dog = _watchdog(config, observers, watch, actors, local=session.local)
+                stack.callback(dog.close)
+                dog.start()
             except (DeadlineExceeded, ActorFailed) as error:
-                lost = _lost(error, hosts, stop)
+                ending = replace(ending, lost=_lost(error, hosts, watch.stop))
                 raise
+            ending = _with_these_samplers(config, inputs, origin, observers, watch, dog, actors, hosts, profile)
+    except StopRequested:
+        ending = Ending(INTERRUPTED, "stopped on request, before the first step", step=ending.step)
+    except (DeadlineExceeded, ActorFailed) as error:
+        ending = replace(ending, reason=str(error))
+    if ending.lost:
+        ending = replace(ending, reason=f"{ending.reason}\nleft the cluster: {'; '.join(ending.lost)}")
+    return ending
+
+
+def _watchdog(config: RunConfig, observers: Observers, watch: _Watch, actors: Started, *, local: bool) -> Watchdog:
+    def say(text: str, **fields: Any) -> None:
+        observers.folder.log_event("stall", text, **fields)
+        observers.display.note(text, alert=True)
+
+    def handles() -> dict[str, Any]:
+        return {name: handle for group in actors.groups.present() for name, handle in group.handles().items()}
+
+    def look_at_the_clock() -> None:
+        if watch.clock.over():
+            watch.stop.request()
+
+    return Watchdog(observers.folder.path, config.health, say, watch.stop, handles, local=local, also=look_at_the_clock)
+
+
+def _with_these_samplers(
+    config: RunConfig,
+    inputs: Inputs,
+    origin: Origin | None,
+    observers: Observers,
+    watch: _Watch,
+    dog: Watchdog,
+    actors: Started,
+    hosts: Mapping[str, str],
+    profile: bool,
+) -> Ending:
+    """One job after the other, as long as only trainers are lost: all others go on, and are given the weights of the
+    new lineage by the next job's first sync."""
+    restarts = Restarts(origin.state.step if origin else 0, config.health.restarts)
+    while True:
+        ending = _one_job(config, inputs, origin, observers, watch, dog, actors, hosts, profile)
+        if not ending.trainers or not restarts.allow(ending.step):
+            return ending
+        began = time.monotonic()
+        who = ", ".join(ending.trainers)
+        observers.folder.log_event("trainer lost", f"{who}: {ending.reason}", step=ending.step)
+        observers.display.note(f"{who} died; starting again from the last checkpoint", alert=True)
+        _pause(backoff_s(restarts.used), watch.stop)
+        inputs = check_inputs(config)
+        origin = last_origin(observers.folder, config, _beginning(inputs))
+        try:
+            actors.replace_trainers()
+        except ActorLost as error:  # counts as another loss
+            observers.folder.log_event("trainer lost", f"while starting again: {error}", step=origin.state.step)
+            if not restarts.allow(ending.step):
+                return replace(ending, reason=str(error))
+            actors.replace_trainers()
+        seconds = time.monotonic() - began
+        text = f"trainers started again in {seconds:.1f} s; going on from step {origin.state.step}"
+        fields = {"step": origin.state.step, "lineage": origin.state.lineage, "seconds": round(seconds, 3)}
+        observers.folder.log_event("trainer restarted", text, **fields)
+        observers.display.note(text)
+
+
+def _pause(seconds: float, stop: StopFlag) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        stop.check()
+        time.sleep(0.1)
+
+
+def _one_job(
+    config: RunConfig,
+    inputs: Inputs,
+    origin: Origin | None,
+    observers: Observers,
+    watch: _Watch,
+    dog: Watchdog,
+    actors: Started,
+    hosts: Mapping[str, str],
+    profile: bool,
+) -> Ending:
+    """Trains with these actors until the last step, or until something ends it."""
+    groups, step = actors.groups, origin.state.step if origin else 0
+    traced: Profile | None = None
+    with ExitStack() as stack:
+        job: Job | None = None
+        try:
+            job = _job(config, inputs, origin, observers, watch.stop, groups, watch.clock)
+            stack.callback(job.close)
             if profile:
                 job.profile = traced = Profile(groups, sampler_ops=config.rollout.engine == "torch")
-            try:
-                with settled_heap():
-                    train(job)
-                if config.checkpoint.export:
-                    with job.turns.visiting(optimizer=False):
-                        _export(config, groups.trainer, observers.folder, inputs.model_folder)
-            except StopRequested:
-                status, reason = INTERRUPTED, "stopped on request"
+            with settled_heap():
+                train(job)
+            if config.checkpoint.export:
+                with job.turns.visiting(optimizer=False):
+                    _export(config, groups.trainer, observers.folder, inputs.model_folder)
+            return Ending(FINISHED, step=job.state.step, profile=traced)
+        except StopRequested:
+            if job is None:
+                return replace(watch.ending(dog, step), reason="stopped on request, before the first step")
+            if not _waits_for_trainer(dog):
                 _last_checkpoint(job)
-            except _EXPECTED as error:
-                status, reason, lost = _failure(error), str(error), _lost(error, hosts, stop)
-                for row in getattr(error, "rows", []):  # of a reward budget: what failed, with its sample
-                    observers.folder.log_failure({"step": job.state.step + 1, **row})
-                _last_checkpoint(job)
-            step = job.state.step
-    except StopRequested:
-        status, reason = INTERRUPTED, "stopped on request, before the first step"
-    except (DeadlineExceeded, ActorFailed) as error:
-        status, reason = FAILED, str(error)
-    if lost:
-        reason = f"{reason}\nleft the cluster: {'; '.join(lost)}"
-    return Ending(status, reason, lost, step, traced)
+            return replace(watch.ending(dog, job.state.step), profile=traced)
+        except _EXPECTED as error:
+            lost = _lost(error, hosts, watch.stop)
+            trainers = lost_trainers(groups) if isinstance(error, ActorLost) and not lost else []
+            if job is not None:
+                _keep(job, error, trainers)
+                step = job.state.step
+            elif isinstance(error, UserError):
+                raise
+            return Ending(_failure(error), str(error), lost, step, traced, trainers)
+
+
+def _waits_for_trainer(dog: Watchdog) -> bool:
+    """Whether who hangs is who would have to write a checkpoint."""
+    return any(actor.startswith(("trainer", "critic")) for actor in dog.stalled_actors)
+
+
+def _keep(job: Job, error: Exception, trainers: Sequence[str]) -> None:
+    """What can be kept of a job that ``error`` ends."""
+    for row in getattr(error, "rows", []):  # of a reward budget: what failed, with its sample
+        job.observers.folder.log_failure({"step": job.state.step + 1, **row})
+    if not trainers:
+        _last_checkpoint(job)
+        return
+    with suppress(*_EXPECTED):  # the step's line: its weights may have been seen, and its number is of this lineage
+        job.end_step()
 
 
 def _lost(error: Exception, hosts: Mapping[str, str], stop: StopFlag) -> list[str]:
@@ -245,7 +383,13 @@ def _last_checkpoint(job: Job) -> None:
 
 
 def _job(
-    config: RunConfig, inputs: Inputs, origin: Origin | None, observers: Observers, stop: StopFlag, groups: Groups
+    config: RunConfig,
+    inputs: Inputs,
+    origin: Origin | None,
+    observers: Observers,
+    stop: StopFlag,
+    groups: Groups,
+    clock: RunClock | None = None,
 ) -> Job:
     store = CheckpointStore(observers.folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best)
     state = origin.state if origin else _beginning(inputs)
@@ -261,7 +405,9 @@ def _job(
         pairs=inputs.pairs,
         held_out_pairs=inputs.held_out_pairs,
         collapse=CollapseMonitor(config.guards.limits, config.guards.every),
+        clock=clock or _clock(config),
     )
+    job.clock.job_begins()
     job.peak_flops = groups.trainer.measure_peak()
     groups.trainer.set_objective(objective(config))
     if groups.critic is not None:
@@ -273,110 +419,6 @@ def _job(
 
 def _beginning(inputs: Inputs) -> ControllerState:
     return ControllerState(step=0, lineage=0, data=inputs.prompts.state_dict())
-
-
-def _placed(config: RunConfig, session: Session, layout: Plan, stop: StopFlag, observers: Observers) -> Placement:
-    """The plan's bundles, booked; where there are several hosts, ranks go by where the bundles have landed."""
-
-    def settle(landed: Sequence[str]) -> Plan:
-        return assign(config, session.topology, layout.booking, landed, env=session.env)
-
-    several = session.nodes > 1
-    placement = Placement(layout, seconds=config.deadlines.start, check=stop.check, settle=settle if several else None)
-    if several:
-        bound = [actor for actor in placement.plan.actors if actor.node is not None]
-        where = {actor.name: session.topology.node(str(actor.node)).address for actor in bound}
-        observers.folder.log_event("placement", f"on {len(set(where.values()))} hosts", **where)
-    return placement
-
-
-def _check_memory(
-    config: RunConfig, session: Session, inputs: Inputs, layout: Plan, groups: Groups, observers: Observers
-) -> None:
-    """Raises UserError where a phase needs more memory than there is, before a model is loaded."""
-    device, unified = Device(*groups.trainer.free_and_total()), session.topology.unified
-    found = phases(config, Sizes.of(inputs.model_folder, inputs.parameters), layout, device)
-    if unified:
-        check_unified(config, found, device.total)
-    check_phases(found, device, gpus=bool(session.gpus), placement=config.cluster.placement, unified=unified)
-    observers.folder.log_event("memory plan", "bytes at least", free=device.free, **found)
-
-
-@contextmanager
-def _groups(
-    config: RunConfig,
-    session: Session,
-    inputs: Inputs,
-    stop: StopFlag,
-    observers: Observers,
-    resumed_step: int | None,
-) -> Iterator[Groups]:
-    """Starts every actor, all at once, and ends them all on the way out."""
-    deadlines, resolved = config.deadlines, inputs.config
-    layout = place(config, session.topology, env=session.env, free=session.free())
-    observers.display.start(
-        header_rows(
-            config,
-            parameters=inputs.parameters,
-            training_problems=inputs.train_rows,
-            held_out_problems=len(inputs.held_out) if inputs.held_out is not None else 0,
-            ranks=len(layout.of("trainer")),
-            cluster=session.said,
-            run_folder=observers.folder.path,
-            resumed_step=resumed_step,
-        )
-    )
-    observers.display.phase("start")
-    with ExitStack() as stack:
-        placement = _placed(config, session, layout, stop, observers)
-        stack.callback(placement.release)
-
-        def group(cls: type[Any]) -> Any:
-            made = cls(placement, deadlines, stop)
-            stack.callback(made.close)
-            return made
-
-        groups = Groups(
-            trainer=group(TrainerGroup),
-            rollout=group(RolloutGroup),
-            reward=group(RewardGroup),
-            reference=group(ReferenceGroup) if needs_reference_worker(config) else None,
-            critic=group(CriticGroup) if needs_critic(config) else None,
-        )
-        if session.nodes == 1 or session.gpus:  # else actors are on hosts that are not known yet
-            _check_memory(config, session, inputs, layout, groups, observers)
-        samplers = groups.rollout.starting(resolved, inputs.max_length)
-        if session.gpus:  # vLLM measures the GPU while it starts, and takes what others load meanwhile for its own
-            gather(samplers, phase="start", seconds=deadlines.start, stop=stop)
-            samplers = []
-        warmup = config.trainer.critic.warmup_steps if groups.critic is not None else 0
-        trainers = groups.trainer.starting(
-            resolved.model,
-            resolved.trainer,
-            temperature=config.rollout.temperature,
-            total_steps=max(config.steps - warmup, 1) * config.trainer.updates_per_step,
-            seed=config.seed,
-            distillation=resolved.algorithm.distillation if needs_teacher(config) else None,
-            longest=inputs.max_length,
-        )
-        if groups.critic is not None:
-            critic = config.trainer.critic
-            trainers += groups.critic.starting(
-                replace(resolved.model, path=inputs.critic_folder),
-                replace(resolved.trainer, lr=critic.lr),
-                temperature=config.rollout.temperature,
-                total_steps=config.steps * config.trainer.updates_per_step,
-                seed=config.seed,
-                longest=inputs.max_length,
-            )
-        others = [*groups.reward.starting(resolved), *(groups.reference.starting(resolved) if groups.reference else [])]
-        answers = gather([*samplers, *trainers, *others], phase="start", seconds=deadlines.start, stop=stop)
-        if adapts(config):
-            total, trained = answers[len(samplers)]
-            observers.display.note(f"of {count(total)} weights the adapter's {count(trained)} are trained")
-        if session.nodes > 1:
-            groups.trainer.require_shared(observers.folder.path)
-        yield groups
 
 
 @contextmanager
