@@ -15,6 +15,7 @@ from rlsys.algorithms.requirements import needs_baselines
 from rlsys.batch import DataProto
 from rlsys.config.schema import RunConfig
 from rlsys.workers.experience import SHARDS_PER_WORKER, Experience, collect
+from rlsys.workers.fleet import Fleets
 from rlsys.workers.groups import ReferenceGroup, RewardGroup, RolloutGroup
 from rlsys.workers.rollout import SampleRequest
 from rlsys.workers.waits import StopFlag
@@ -32,6 +33,7 @@ class Collector:
 
     prompts: where more come from. check: called with what was sampled, before it is used; may raise.
     recorded_rows: so many rows, from the first, come back in full for people to read.
+    fleets: keep the actors alive.
     """
 
     config: RunConfig
@@ -42,6 +44,7 @@ class Collector:
     stop: StopFlag
     check: Callable[[Experience], None]
     recorded_rows: int
+    fleets: Fleets | None = None
 
     def step(self, prompts: DataProto) -> tuple[Experience, np.ndarray | None, dict[str, float]]:
         """The step's groups; where groups are filtered, those that passed, and new ones in the place of the others.
@@ -96,6 +99,7 @@ class Collector:
             # The torch sampler's samples depend on its batch in the last bits: one shard a worker makes runs
             # repeatable.
             shards_per_worker=1 if config.rollout.engine == "torch" else SHARDS_PER_WORKER,
+            fleets=self.fleets,
         )
         self.check(experience)
         return experience
@@ -123,6 +127,7 @@ class Collector:
             self.stop,
             shards_per_worker=1,
             train=False,
+            fleets=self.fleets,
         )
         self.check(played)
         return dict(zip(played.rollout("uids"), played.rewards.tolist(), strict=True))

@@ -38,7 +38,7 @@ from rlsys.controller.dead_channels import check_dead
 from rlsys.controller.metrics import combine_updates, experience_metrics, hint_metrics, mismatch_metrics
 from rlsys.controller.profile import Profile
 from rlsys.controller.sources import Source, make_source
-from rlsys.controller.stream import Fleets, Pools
+from rlsys.controller.stream import Pools
 from rlsys.controller.turns import Turns, turns_of
 from rlsys.data.sampler import PromptStream
 from rlsys.engines.sync.verify import SyncError
@@ -56,6 +56,7 @@ from rlsys.tracking.run import RunFolder
 from rlsys.tracking.throughput import ActorReading, actor_metrics, step_metrics, trained_flops
 from rlsys.tracking.trackers import TrackerSet
 from rlsys.workers.experience import Experience, assign
+from rlsys.workers.fleet import Fleets
 from rlsys.workers.groups import CriticGroup, ReferenceGroup, RewardGroup, RolloutGroup, TrainerGroup
 from rlsys.workers.trainer import Slice, TokenAdvantagesRequest
 from rlsys.workers.waits import ActorFailed, DeadlineExceeded, StopFlag, gather
@@ -153,7 +154,6 @@ class Job:
             self.stop,
             check=self._check_experience,
             recorded_rows=self._recorded_rows(),
-            catch_up=self._catch_up,
             outstanding=self.state.extra.get("outstanding", ()),
         )
         self._open.callback(self.source.close)

@@ -157,7 +157,6 @@ def make_source(
     *,
     check: Callable[[Experience], None],
     recorded_rows: int,
-    catch_up: Callable[[list[int]], None],
     outstanding: Sequence[tuple[int, int, int]],
 ) -> Source:
     """What ``config.controller`` says. The arguments are those of ``Collector`` and ``Stream``."""
@@ -170,7 +169,6 @@ def make_source(
             stop,
             outstanding=outstanding,
             recorded_rows=recorded_rows,
-            catch_up=catch_up,
         )
         return StreamSource(stream)
 

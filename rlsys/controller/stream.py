@@ -11,12 +11,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import ray
@@ -32,13 +32,11 @@ from rlsys.data.sampler import Place, PromptStream
 from rlsys.engines.rollout.base import InFlight
 from rlsys.tracking.ledger import Ledger, LedgerGroup
 from rlsys.workers.experience import Experience, Shard
+from rlsys.workers.fleet import Fleets
 from rlsys.workers.groups import ReferenceGroup, RewardGroup, RolloutGroup
 from rlsys.workers.reward import RewardSummary
 from rlsys.workers.rollout import Cancelled, RolloutSummary, SampleRequest
 from rlsys.workers.waits import ActorLost, Call, DeadlineExceeded, StopFlag, fetch
-
-if TYPE_CHECKING:
-    from rlsys.workers.fleet import Fleet
 
 _TICK_S = 0.2  # how often liveness and deadlines are looked at while nothing arrives
 _AT_ONCE = 512  # groups under way at one worker; more would wait in its queue, where nobody could give them to another
@@ -85,18 +83,6 @@ class Taken:
 
 
 @dataclass(frozen=True)
-class Fleets:
-    """Who keeps the actors alive; no reference where nothing reads it."""
-
-    rollout: Fleet
-    reward: Fleet
-    reference: Fleet | None = None
-
-    def present(self) -> list[Fleet]:
-        return [fleet for fleet in (self.rollout, self.reward, self.reference) if fleet is not None]
-
-
-@dataclass(frozen=True)
 class Pools:
     """The actors that make experience, and who keeps them alive."""
 
@@ -127,7 +113,6 @@ class Stream:
             trained: they are handed out again first.
         ledger: is told of every group.
         recorded_rows: so many rows of a step, from the first, come back in full for people to read.
-        catch_up: gives the present weights to samplers that were started anew (their indices); called by ``take``.
     """
 
     def __init__(
@@ -140,7 +125,6 @@ class Stream:
         *,
         outstanding: Sequence[tuple[int, int, int]] = (),
         recorded_rows: int = 0,
-        catch_up: Callable[[list[int]], None],
     ):
         self._config, self._pools, self._prompts, self._ledger, self._stop = config, pools, prompts, ledger, stop
         self._per_step = config.data.prompts_per_step
@@ -154,7 +138,7 @@ class Stream:
         self._ended: SimpleQueue[tuple[ray.ObjectRef, Future]] = SimpleQueue()
         self._changed = threading.Condition()
         self._since = _Since()
-        self._recorded_rows, self._catch_up = recorded_rows, catch_up
+        self._recorded_rows = recorded_rows
         self._version = WeightVersion(0, 0)
         self._error: BaseException | None = None
         self._last_ready = time.monotonic()
@@ -195,9 +179,9 @@ class Stream:
         """
         began = self._last_ready = time.monotonic()
         while True:
-            stale = self._pools.fleets.rollout.stale()
-            if stale:
-                self._catch_up(stale)
+            # Here and not in the thread: the trainer's ranks must be asked by nobody else meanwhile.
+            if stale := self._pools.fleets.rollout.stale():
+                self._pools.fleets.catch_up(stale)
             with self._changed:
                 if self._error is not None:
                     raise self._error
@@ -408,7 +392,7 @@ class Stream:
 
     def _follow(self, call: Call, phase: str, keys: Sequence[str], payload: Any = None) -> None:
         if payload is not None:
-            call = Call(call.ref, call.actor, call.what, payload)
+            call = replace(call, payload=payload)
         members = [(key, self.buffer[key].attempt) for key in keys]
         self._calls[call.ref] = (call, phase, members, time.monotonic())
         call.ref.future().add_done_callback(partial(self._note, call.ref))
@@ -489,16 +473,17 @@ class Stream:
         """
         keys = [key for key, attempt in members if self.buffer.is_expected(key, attempt)]
         if phase == "rollout":
+            self._pools.fleets.rollout.reissued(len(keys))
             for key in keys:
                 self._since.counts["reissued"] += 1
                 self._reissue(key, str(error).splitlines()[0])
             if straggler:  # the sampler answers others; one that does not is found by its silence
                 return
-            self._pools.fleets.rollout.lost(_index(call), error)
+            self._pools.fleets.rollout.lost(call.index, error, life=call.life, phase=phase)
             return
         fleet = self._pools.fleets.reward if phase == "reward" else self._pools.fleets.reference
         assert fleet is not None
-        fleet.lost(_index(call), error)
+        fleet.lost(call.index, error, life=call.life, phase=phase)
         waiting = self._unscored if phase == "reward" else self._unreferenced
         waiting += keys
 
@@ -541,8 +526,3 @@ class Stream:
 
 def _ticket(key: str, attempt: int) -> str:
     return f"{key}.{attempt}"
-
-
-def _index(call: Call) -> int:
-    """Of the actor that was asked: its name ends with it."""
-    return int(call.actor.rpartition(" ")[2])
