@@ -127,25 +127,25 @@ class StreamSource:
     """Prompts are sampled all the time; a step takes groups that have ended."""
 
     def __init__(self, stream: Stream):
-        self._stream = stream
+        self.stream = stream
         self.in_flight: InFlight = stream.in_flight
 
     def advance(self, version: WeightVersion) -> None:
-        self._stream.advance(version)
+        self.stream.advance(version)
 
     def next(self, step: int) -> Collected:
-        taken = self._stream.take(step)
+        taken = self.stream.take(step)
         return Collected(taken.experience, None, taken.metrics, taken.failures, taken.scored)
 
     def trained(self, step: int, lineage: int) -> None:
-        self._stream.trained(step, lineage)
+        self.stream.trained(step, lineage)
 
     def checkpoint(self, step: int, lineage: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        data, outstanding = self._stream.checkpoint(step, lineage)
+        data, outstanding = self.stream.checkpoint(step, lineage)
         return data, {"outstanding": outstanding}
 
     def close(self) -> None:
-        self._stream.close()
+        self.stream.close()
 
 
 def make_source(

@@ -12,6 +12,7 @@ from knobs import (  # noqa: F401 - they fill the table
     data,
     guards,
     hints,
+    reliability,
     replay,
     running,
     steps,

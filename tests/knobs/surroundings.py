@@ -22,8 +22,9 @@ from rlsys.config.schema import DeadlineConfig
 from rlsys.engines.rollout.base import Rest
 from rlsys.tracking.display import PlainDisplay
 from rlsys.tracking.live import LiveDisplay
+from rlsys.workers.actors import Actor
 from rlsys.workers.experience import collect
-from rlsys.workers.groups import TrainerGroup, Actor
+from rlsys.workers.groups import TrainerGroup
 from rlsys.workers.rollout import SampleRequest
 from rlsys.workers.waits import Call, DeadlineExceeded, StopFlag
 
@@ -82,12 +83,12 @@ def experience_deadlines(bench: Bench) -> None:
         def answered(summary: Any, late: str) -> ray.ObjectRef:
             return never if phase == late else ray.put(summary)
 
-        rollout = Actors({"generate": lambda *_: [Call(answered(shard.rollout, "rollout"), "sampler", "responses")]})
+        rollout = Actors({"generate": lambda *_: Call(answered(shard.rollout, "rollout"), "sampler", "responses")})
 
         def score(*_: Any, payload: Any, **__: Any) -> tuple[list[None], Call]:
             return [None], Call(answered([shard.reward], "reward"), "reward", "rewards", payload)
 
-        reference = Actors({"logprobs": lambda _: ([None], Call(answered(4, "reference"), "reference", "log-probs"))})
+        reference = Actors({"logprobs": lambda *_: ([None], Call(answered(4, "reference"), "reference", "log-probs"))})
         request = SampleRequest(2, 1.0, 8, run_seed=0)
         return lambda d: collect(prompts, request, rollout, Actors({"score": score}), reference, d, StopFlag())  # type: ignore[arg-type]
 

@@ -1,0 +1,132 @@
+"""Controllers under which sampling and training overlap: what is trained, how old it may be, and what becomes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from model_folders import make_model_folder
+from running import RunJob, job_process, only_run, read_jsonl, steps_of
+
+from rlsys.batch.versions import WeightVersion
+from rlsys.tracking.ledger import State, audit
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+STEPS, PROMPTS, SAMPLES = 6, 4, 2
+TINY = (
+    "rollout=torch",
+    f"steps={STEPS}",
+    f"data.prompts_per_step={PROMPTS}",
+    f"rollout.samples_per_prompt={SAMPLES}",
+    "eval.every=3",
+    "eval.problems=4",
+    "checkpoint.every=2",
+    "algorithm.loss=decoupled_ppo",
+    "reward.parts.correct.use=plugins_for_runs.digits",
+    "tracker.rollouts=1000",
+)
+
+
+@pytest.fixture(scope="module")
+def run_job() -> Iterator[RunJob]:
+    with job_process() as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("model"))
+
+
+def trained_whole(folder: Path, steps: int = STEPS) -> None:
+    """Every step had its groups, and the ledger agrees: nothing lost, nothing twice."""
+    assert [line["step"] for line in steps_of(folder)] == list(range(1, steps + 1))
+    found = audit(folder)
+    assert found.ok, found.violations
+    assert found.groups[State.TRAINED] == steps * PROMPTS
+    assert len(found.trained_ids) == steps * PROMPTS * SAMPLES
+
+
+@pytest.mark.parametrize("in_flight", ["finish", "keep", "recompute"])
+def test_nothing_older_than_the_bound_is_trained(in_flight: str, run_job: RunJob, model: Path, tmp_path: Path) -> None:
+    bound = 2
+    overrides = (f"controller.max_staleness={bound}", f"controller.in_flight={in_flight}", f"model.path={model}")
+    assert run_job(tmp_path, "controller=async", *TINY, *overrides) == 0
+    folder = only_run(tmp_path)
+    trained_whole(folder)
+    lines = steps_of(folder)
+    assert all(0 <= line["rollout/staleness"] <= bound for line in lines)
+    assert max(line["rollout/staleness"] for line in lines) > 0, "samplers ran ahead"
+    for line in lines:
+        assert line["async/staleness_max"] == line["rollout/staleness"]
+        assert line["async/in_flight"] + line["async/ready"] <= bound * PROMPTS
+        assert line["reward/mean"] == line["reward/mean"]
+
+
+def test_each_token_says_which_weights_sampled_it(run_job: RunJob, model: Path, tmp_path: Path) -> None:
+    assert run_job(tmp_path, "controller=async", *TINY, f"model.path={model}") == 0
+    folder = only_run(tmp_path)
+    for line in steps_of(folder):
+        for row in read_jsonl(folder / "rollouts" / f"step-{int(line['step']):06d}.jsonl"):
+            versions = [WeightVersion.unpack(version) for version in row["versions"] if version >= 0]
+            assert versions == sorted(versions), "weights only get newer along a response"
+            assert all(line["step"] - 1 - 4 <= version.step <= line["step"] - 1 for version in versions)
+
+
+def test_one_step_off_trains_what_was_sampled_during_the_step_before(
+    run_job: RunJob, model: Path, tmp_path: Path
+) -> None:
+    assert run_job(tmp_path, "controller=one_step_off", *TINY, f"model.path={model}") == 0
+    folder = only_run(tmp_path)
+    trained_whole(folder)
+    assert [line["async/staleness_mean"] for line in steps_of(folder)] == [0.0] + [1.0] * (STEPS - 1)
+
+
+def test_without_staleness_every_step_is_on_policy(run_job: RunJob, model: Path, tmp_path: Path) -> None:
+    overrides = ("controller=async", "controller.max_staleness=0", f"model.path={model}")
+    assert run_job(tmp_path, *TINY, "algorithm.loss=ppo_clip", *overrides) == 0
+    folder = only_run(tmp_path)
+    trained_whole(folder)
+    assert all(line["rollout/staleness"] == 0 for line in steps_of(folder))
+    assert all(line["mismatch/logprob_abs_mean"] <= 1e-4 for line in steps_of(folder))
+
+
+def test_filters_replace_groups_and_a_reference_is_asked(run_job: RunJob, model: Path, tmp_path: Path) -> None:
+    overrides = (
+        "controller=async",
+        "algorithm.filters.zero_variance={}",
+        "algorithm.kl.coef=0.1",
+        "steps=3",
+        f"model.path={model}",
+    )
+    assert run_job(tmp_path, *TINY, *overrides) == 0
+    folder = only_run(tmp_path)
+    found = audit(folder)
+    assert found.ok, found.violations
+    lines = steps_of(folder)
+    dropped = sum(line["filter/zero_variance_dropped"] for line in lines)
+    assert dropped > 0
+    assert found.groups[State.FILTERED] >= dropped
+    assert all(line["policy/kl"] >= 0 for line in lines)
+
+
+def test_an_interrupted_stream_goes_on_with_the_groups_that_it_left(
+    run_job: RunJob, model: Path, tmp_path: Path
+) -> None:
+    overrides = ("controller=async", *TINY, f"model.path={model}")
+    assert run_job(tmp_path, *overrides, "steps=4") == 0
+    assert run_job(tmp_path, *overrides, f"steps={STEPS}", "resume=auto") == 0
+    folder = only_run(tmp_path)
+    trained_whole(folder)
+    assert audit(folder).resumes == 1
+
+
+def test_another_controller_does_not_go_on(run_job: RunJob, model: Path, tmp_path: Path) -> None:
+    overrides = (*TINY, f"model.path={model}", "steps=1", "eval.every=0")
+    assert run_job(tmp_path, "controller=async", *overrides) == 0
+    from rlsys.config.errors import UserError
+
+    with pytest.raises(UserError, match="controller"):
+        run_job(tmp_path, *overrides, "steps=2", "resume=auto")
