@@ -45,7 +45,8 @@ from rlsys.tracking.memory import MemoryMonitor
 from rlsys.tracking.meter import Metered, peak_resident
 from rlsys.tracking.run import RunFolder
 from rlsys.tracking.trackers import TrackerSet
-from rlsys.workers.groups import RewardGroup, RolloutGroup, TrainerGroup, _Actor
+from rlsys.workers.actors import Actor
+from rlsys.workers.groups import RewardGroup, RolloutGroup, TrainerGroup
 from rlsys.workers.reward import RewardSummary
 from rlsys.workers.rollout import SampleRequest, summarize
 from rlsys.workers.waits import StopFlag
@@ -156,7 +157,7 @@ def multiplexed(cls: type, role: str, actors: list[Any], count: int, config: Run
     """A worker group of ``count`` logical workers over the actors."""
     group = cls.__new__(cls)
     group._deadlines, group._stop = config.deadlines, stop
-    group._actors = [_Actor(ActorSpec(role, index), actors[index % len(actors)]) for index in range(count)]
+    group._actors = [Actor(ActorSpec(role, index), actors[index % len(actors)]) for index in range(count)]
     return group
 
 

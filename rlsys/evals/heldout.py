@@ -12,15 +12,21 @@ from rlsys.batch import DataProto
 from rlsys.config.schema import RunConfig
 from rlsys.evals.estimates import greedy_metrics, sampled_metrics
 from rlsys.workers.experience import Experience, collect
+from rlsys.workers.fleet import Fleets
 from rlsys.workers.groups import RewardGroup, RolloutGroup
 from rlsys.workers.rollout import SampleRequest
 from rlsys.workers.waits import StopFlag
 
 
 def evaluate(
-    config: RunConfig, problems: DataProto, rollout: RolloutGroup, reward: RewardGroup, stop: StopFlag
+    config: RunConfig,
+    problems: DataProto,
+    rollout: RolloutGroup,
+    reward: RewardGroup,
+    stop: StopFlag,
+    fleets: Fleets | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]], int]:
-    """The samplers' present weights on the held-out problems.
+    """The samplers' present weights on the held-out problems. fleets: keep the actors alive.
 
     Returns:
         ``eval/…`` metrics; the rewards that failed, with their rows (they count as wrong); the number of responses.
@@ -29,7 +35,16 @@ def evaluate(
 
     def sample(request: SampleRequest) -> Experience:
         return collect(
-            problems, request, rollout, reward, None, config.deadlines, stop, shards_per_worker=1, train=False
+            problems,
+            request,
+            rollout,
+            reward,
+            None,
+            config.deadlines,
+            stop,
+            shards_per_worker=1,
+            train=False,
+            fleets=fleets,
         )
 
     answers = sample(greedy)

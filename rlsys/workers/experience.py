@@ -14,16 +14,19 @@ from rlsys.algorithms.advantages import group_index
 from rlsys.batch import DataProto
 from rlsys.batch.balance import balanced_partitions
 from rlsys.config.schema import DeadlineConfig
+from rlsys.workers.dispatch import Dispatch, Pool, Unwatched, answers
+from rlsys.workers.fleet import Fleets
 from rlsys.workers.groups import ReferenceGroup, RewardGroup, RolloutGroup
 from rlsys.workers.reward import RewardSummary
 from rlsys.workers.rollout import RolloutSummary, SampleRequest
 from rlsys.workers.trainer import Slice
-from rlsys.workers.waits import Call, StopFlag, as_completed, gather
+from rlsys.workers.waits import Call, StopFlag
 
 SHARDS_PER_WORKER = 4  # so that rewards of the first are computed while the last is still sampled
 # Beyond, several shards of one worker gain nothing: the workers themselves end at different times. Rewards are asked
 # for by at most so many calls too, each about shards that ended one after another: calls are what the driver pays for.
 _MANY_SHARDS = 64
+_AT_ONCE = 4  # calls under way at the reward actor, and at the reference: more would wait in its memory
 
 
 @dataclass(frozen=True)
@@ -131,59 +134,93 @@ def collect(
     record_rows: int = 0,
     shards_per_worker: int = SHARDS_PER_WORKER,
     train: bool = True,
+    fleets: Fleets | None = None,
 ) -> Experience:
     """prompts → rollout → reward and reference, each of which starts on a shard as soon as it has been sampled.
+
+    What an actor had that is lost, or late by its deadline, is done by another, or by the one that takes its place;
+    each sample is that of its seed, whoever draws it.
 
     Args:
         record_rows: so many rows, from the first, come back in full for people to read.
         shards_per_worker: fewer where there are many workers. 1 keeps the composition of the sampler's batches the same
-            from run to run.
+            from run to run: a worker has one shard at a time.
         train: whether what the loss needs beside rewards is written too.
+        fleets: keep the actors alive; None: a lost one ends the wait.
+
+    Raises:
+        ActorLost, DeadlineExceeded: an actor was lost or late more often than it may be.
+        ActorFailed, UserError, StopRequested: as ``waits.as_completed`` raises them.
     """
-    clock = [time.monotonic()]
     workers = len(rollout)
     pieces = _cut(len(prompts), max(workers, min(workers * shards_per_worker, _MANY_SHARDS)))
-    calls = rollout.generate(prompts, pieces, request)
-    order = {call.ref: index for index, call in enumerate(calls)}
     rows_before = np.cumsum([0, *(len(piece) * request.samples for piece in pieces)])
+    shared = ray.put(prompts)  # copied once
+
+    def score(index: int, members: list[int]) -> Call:
+        wanted = [int(np.clip(record_rows - rows_before[i], 0, len(sampled[i]))) for i in members]
+        shards, rows = [played[i] for i in members], int(rows_before[-1])
+        columns, call = reward.score(shards, record_rows=wanted, step_rows=rows, payload=None, train=train, index=index)
+        return replace(call, payload=columns)
+
+    def refer(index: int, members: list[int]) -> Call:
+        assert reference is not None
+        columns, call = reference.logprobs([played[i] for i in members], index)
+        return replace(call, payload=columns)
+
+    def pool(name: str, group: RolloutGroup | RewardGroup | ReferenceGroup | None) -> Pool:
+        kept = getattr(fleets, name, None)
+        return kept if kept is not None else Unwatched(len(group) if group is not None else 0)
+
+    sampling = Dispatch[int](
+        "rollout",
+        deadlines.rollout,
+        pool("rollout", rollout),
+        lambda index, piece: rollout.generate(index, shared, pieces[piece], request),
+        limit=1 if shards_per_worker == 1 and fleets is not None else None,
+    )
+    scoring = Dispatch[list[int]]("reward", deadlines.reward, pool("reward", reward), score, limit=_AT_ONCE)
+    referring = Dispatch[list[int]](
+        "reference", deadlines.reference, pool("reference", reference), refer, limit=_AT_ONCE
+    )
+    for piece in range(len(pieces)):
+        sampling.put(piece)
     sampled: dict[int, RolloutSummary] = {}
-    columns: dict[int, tuple[ray.ObjectRef, ...]] = {}
-    scoring: list[Call] = []
-    referring: list[Call] = []
-    played: list[tuple[int, ray.ObjectRef]] = []  # shards that nobody has been told about yet
+    played: dict[int, ray.ObjectRef] = {}
+    scores: dict[int, tuple[ray.ObjectRef, RewardSummary]] = {}
+    logprobs: dict[int, ray.ObjectRef] = {}
+    untold: list[int] = []  # shards that nobody has been told about yet
     together = math.ceil(len(pieces) / _MANY_SHARDS)
-    for call, summary in as_completed(calls, phase="rollout", seconds=deadlines.rollout, stop=stop):
-        index = order[call.ref]
-        sampled[index] = summary
-        played.append((index, call.payload))
-        if len(played) < together and len(sampled) < len(calls):
-            continue
-        indices, shards = [i for i, _ in played], [ref for _, ref in played]
-        wanted = [int(np.clip(record_rows - rows_before[i], 0, len(sampled[i]))) for i in indices]
-        rewards, scored = reward.score(
-            shards, record_rows=wanted, step_rows=int(rows_before[-1]), payload=indices, train=train
-        )
-        scoring.append(scored)
-        found = [shards, rewards]
-        if reference is not None:
-            logprobs, waiting = reference.logprobs(shards)
-            found.append(logprobs)
-            referring.append(waiting)
-        columns |= dict(zip(indices, zip(*found, strict=True), strict=True))
-        played = []
-    clock.append(time.monotonic())
-    answers = gather(scoring, phase="reward", seconds=deadlines.reward, stop=stop)
-    scores = {
-        index: summary
-        for call, answer in zip(scoring, answers, strict=True)
-        for index, summary in zip(call.payload, answer, strict=True)
-    }
-    clock.append(time.monotonic())
-    gather(referring, phase="reference", seconds=deadlines.reference, stop=stop)
-    clock.append(time.monotonic())
-    stages = ("rollout", "reward", "reference") if reference is not None else ("rollout", "reward")
-    seconds = dict(zip(stages, np.diff(clock).tolist(), strict=False))
-    return Experience([Shard(columns[i], sampled[i], scores[i]) for i in sorted(sampled)], seconds)
+    began, last = time.monotonic(), dict[str, float]()
+    for stage, work, call, answer in answers([sampling, scoring, referring], fleets, stop, samplers=sampling):
+        last[stage.phase] = time.monotonic()
+        if stage is scoring:
+            scores |= {i: found for i, *found in zip(work, call.payload, answer, strict=True)}  # type: ignore[misc]
+        elif stage is referring:
+            logprobs |= dict(zip(work, call.payload, strict=True))
+        else:
+            sampled[work], played[work] = answer, call.payload
+            untold.append(work)
+            if len(untold) >= together or len(sampled) == len(pieces):
+                scoring.put(untold)
+                if reference is not None:
+                    referring.put(untold)
+                untold = []
+    shards = []
+    for i in range(len(pieces)):
+        columns, summary = scores[i]
+        shards.append(Shard((played[i], columns, *([logprobs[i]] if i in logprobs else [])), sampled[i], summary))
+    return Experience(shards, _stage_seconds(began, last))
+
+
+def _stage_seconds(began: float, last: dict[str, float]) -> dict[str, float]:
+    """How long the last answer of each stage came after the last of the stages before. last: when that was."""
+    seconds, before = {}, began
+    for stage in ("rollout", "reward", "reference"):
+        if stage in last:
+            seconds[stage] = max(last[stage] - before, 0.0)
+            before = max(last[stage], before)
+    return seconds
 
 
 def _cut(prompts: int, shards: int) -> list[range]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import ray
@@ -25,81 +24,16 @@ from rlsys.engines.sync.broadcast import Meeting
 from rlsys.engines.sync.buckets import Entry
 from rlsys.engines.sync.cuda_ipc import IpcBucket
 from rlsys.engines.sync.verify import check_sync
+from rlsys.workers.actors import Actor, Group
 from rlsys.workers.reference import ReferenceWorker
 from rlsys.workers.reward import ContextSettings, RewardSummary, RewardWorker
 from rlsys.workers.rollout import CONCURRENCY_GROUPS, RolloutSummary, RolloutWorker, SampleRequest
 from rlsys.workers.trainer import AdvantageSummary, ForwardSummary, Slice, TokenAdvantagesRequest, TrainerWorker
-from rlsys.workers.waits import ActorFailed, Call, DeadlineExceeded, StopFlag, gather
+from rlsys.workers.waits import Call, StopFlag
 from rlsys.workers.weights import Host, SendRequest, SentWeights, TakenWeights
 
-_CLOSE_S = 5.0
 
-
-@dataclass(frozen=True)
-class _Actor:
-    spec: ActorSpec
-    handle: Any
-
-    def call(self, method: str, *args: Any, what: str, payload: Any = None, **kwargs: Any) -> Call:
-        return Call(getattr(self.handle, method).remote(*args, **kwargs), self.spec.name, what, payload)
-
-
-class _Group:
-    """Actors of one role."""
-
-    role: str
-    worker: type
-    concurrency_groups: ClassVar[dict[str, int]] = {}
-
-    def __init__(self, placement: Placement, deadlines: DeadlineConfig, stop: StopFlag, **extra_options: Any):
-        self._deadlines, self._stop = deadlines, stop
-        specs = placement.plan.of(self.role)
-        # Ray takes them here only; options() has no say in them.
-        made = ray.remote(concurrency_groups=self.concurrency_groups) if self.concurrency_groups else ray.remote
-        remote = made(self.worker)
-        self._actors = [
-            _Actor(
-                spec,
-                remote.options(**placement.options(spec), **extra_options).remote(*self._arguments(spec, len(specs))),
-            )
-            for spec in specs
-        ]
-
-    def __len__(self) -> int:
-        return len(self._actors)
-
-    def handles(self) -> dict[str, Any]:
-        """Ray's handle of each actor, by ``ROLE_INDEX``."""
-        return {f"{actor.spec.role}_{actor.spec.index}": actor.handle for actor in self._actors}
-
-    def _arguments(self, spec: ActorSpec, count: int) -> tuple[Any, ...]:
-        return ()
-
-    def asks(self, method: str, *, actors: Sequence[int] | None = None, **arguments: Any) -> list[Call]:
-        """One call an actor (these of them; None: all) of what every worker answers (``take_reading``, ``clock``);
-        payload: ``ROLE_INDEX``."""
-        asked = self._actors if actors is None else [self._actors[index] for index in actors]
-        return [
-            a.call(method, what=method.replace("_", " "), payload=f"{a.spec.role}_{a.spec.index}", **arguments)
-            for a in asked
-        ]
-
-    def _gather(self, calls: list[Call], phase: str, *, stop: bool = True) -> list[Any]:
-        return gather(calls, phase=phase, seconds=getattr(self._deadlines, phase), stop=self._stop if stop else None)
-
-    def close(self) -> None:
-        """Asks every actor to end its own processes, then ends the actor; one that does not answer is killed."""
-        calls = [actor.call("close", what="closing") for actor in self._actors]
-        try:
-            gather(calls, phase="close", seconds=_CLOSE_S)
-        except (ActorFailed, DeadlineExceeded):
-            pass  # ended below all the same; the run's own error, if any, is the one to report
-        finally:
-            for actor in self._actors:
-                ray.kill(actor.handle)
-
-
-class RolloutGroup(_Group):
+class RolloutGroup(Group):
     role, worker, concurrency_groups = "rollout", RolloutWorker, CONCURRENCY_GROUPS
 
     def __init__(self, placement: Placement, deadlines: DeadlineConfig, stop: StopFlag):
@@ -107,12 +41,14 @@ class RolloutGroup(_Group):
         self._sampler_checksum: str | None = None
         self._sender_checksum: str | None = None
         self._broadcast_index: list[Entry] | None = None
+        self._met: dict[int, int] | None = None  # lives of the samplers that met the trainer
         self._ranks_per_sampler = 1
 
     def starting(self, config: RunConfig, max_length: int) -> list[Call]:
         self._ranks_per_sampler = sampler_ranks(config.rollout)
-        return [
-            a.call(
+
+        def start(a: Actor) -> Call:
+            return a.call(
                 "start",
                 config.model.path,
                 config.rollout,
@@ -123,43 +59,81 @@ class RolloutGroup(_Group):
                 sleeps=config.cluster.placement == "colocated",
                 what="loading the sampler",
             )
-            for a in self._actors
-        ]
 
-    def generate(self, prompts: DataProto, shards: Iterable[range], request: SampleRequest) -> list[Call]:
-        """One call a shard (rows of the prompts), dealt round over the workers; the payload is the reference of the
-        shard's columns. The prompts are copied once, into the object store."""
-        calls, shared = [], ray.put(prompts)
-        for index, rows in enumerate(shards):
-            actor = self._actors[index % len(self._actors)]
-            batch, summary = actor.handle.generate.options(num_returns=2).remote(shared, rows.start, rows.stop, request)
-            calls.append(Call(summary, actor.spec.name, f"{len(rows) * request.samples} responses", batch))
-        return calls
+        return self._starts(start)
+
+    def generate(self, index: int, prompts: ray.ObjectRef, rows: range, request: SampleRequest) -> Call:
+        """One shard, by this worker; the payload is the reference of its columns.
+
+        Args:
+            prompts: reference of a batch of prompts; rows: which of them.
+        """
+        actor = self.at(index)
+        verb = actor.handle.generate.options(num_returns=2)
+        columns, summary = verb.remote(prompts, rows.start, rows.stop, request)
+        return actor.called(summary, f"{len(rows) * request.samples} responses", columns)
+
+    def generate_one(
+        self, index: int, prompts: ray.ObjectRef, row: int, request: SampleRequest, *, ticket: str
+    ) -> Call:
+        """One prompt group, by this worker; the payload is the reference of its columns.
+
+        Args:
+            prompts: reference of a batch of prompts; row: which of them. ticket: by which it can be cancelled.
+        """
+        actor = self.at(index)
+        verb = actor.handle.generate.options(num_returns=2)
+        columns, summary = verb.remote(prompts, row, row + 1, request, ticket)
+        return actor.called(summary, f"{request.samples} responses ({ticket})", columns)
+
+    def cancel(self, index: int, tickets: Sequence[str]) -> None:
+        """Tells this worker that nobody waits for these any more. Its answer is not waited for."""
+        self.at(index).handle.cancel.remote(list(tickets))
+
+    def forget_sender(self) -> None:
+        """The next weights come from another trainer, whom the samplers have not met."""
+        self._broadcast_index = self._met = None
+
+    def lives(self) -> dict[int, int]:
+        """Of the samplers that can be reached, by index: which of its processes each is."""
+        return {actor.spec.index: actor.life for actor in self.reached()}
+
+    @property
+    def meets(self) -> bool:
+        """Whether all samplers are those that meet the trainer, or met it: a group for broadcasts has fixed members."""
+        return len(self.reached()) == len(self) and self._met in (None, self.lives())
 
     def sleep(self, *, weights: bool) -> list[Rest]:
         """Every sampler gives memory back (``RolloutEngine.sleep``)."""
-        calls = [a.call("sleep", weights=weights, what="its memory") for a in self._actors]
-        return self._gather(calls, "sync", stop=False)
+        calls = [a.call("sleep", weights=weights, what="its memory") for a in self.reached()]
+        return [rest for _, rest in self._answers(calls, "sync", stop=False)]
 
     def wake(self) -> list[Rest]:
-        return self._gather([a.call("wake", what="its waking") for a in self._actors], "sync", stop=False)
+        calls = [a.call("wake", what="its waking") for a in self.reached()]
+        return [rest for _, rest in self._answers(calls, "sync", stop=False)]
 
     def hosts(self) -> list[Host]:
-        return self._gather([a.call("host", what="its host") for a in self._actors], "sync")
+        return [host for _, host in self._answers([a.call("host", what="its host") for a in self.reached()], "sync")]
 
     def update_weights(
-        self, sent: SentWeights, version: WeightVersion, in_flight: InFlight = "finish"
+        self,
+        sent: SentWeights,
+        version: WeightVersion,
+        in_flight: InFlight = "finish",
+        *,
+        only: Sequence[int] | None = None,
     ) -> list[TakenWeights]:
-        """Hands the trainer's weights to every sampler and checks that they arrived.
+        """Hands the trainer's weights to samplers and checks that they arrived.
 
         Args:
             in_flight: what becomes of sequences under way (``RolloutEngine.update_weights``).
+            only: these samplers; None: all that can be reached.
 
         Raises:
             SyncError: a sampler's checksum is not the sender's.
         """
-        calls = self._updates(sent, version, in_flight)
-        return self._checked(sent, calls, self._gather(calls, "sync"))
+        calls = self._updates(sent, version, in_flight, only)
+        return self._checked(sent, version, self._answers(calls, "sync"))
 
     def receive_broadcast(
         self, trainer: TrainerGroup, dtype: str, request: SendRequest, in_flight: InFlight = "finish"
@@ -168,6 +142,7 @@ class RolloutGroup(_Group):
 
         Raises:
             SyncError: a sampler's checksum is not the sender's.
+            ActorLost: a sampler was lost, which a broadcast does not survive.
         """
         if self._broadcast_index is None:
             self._broadcast_index = trainer.weights_index(dtype)
@@ -176,8 +151,8 @@ class RolloutGroup(_Group):
         sending = trainer.broadcasting(dtype, self._broadcast_index)
         receiving = self._updates(announced, request.version, in_flight)
         answers = self._gather([*sending, *receiving], "sync")
-        sent, taken = answers[0], answers[len(sending) :]
-        return sent, self._checked(sent, receiving, taken)
+        taken = list(zip(receiving, answers[len(sending) :], strict=True))
+        return answers[0], self._checked(answers[0], request.version, taken)
 
     def read_buckets(
         self, trainer: TrainerGroup, dtype: str, request: SendRequest, in_flight: InFlight = "finish"
@@ -188,13 +163,16 @@ class RolloutGroup(_Group):
             SyncError: a sampler's checksum is not the sender's.
         """
         updating = self._updates(SentWeights("cuda_ipc", [], "", 0), request.version, in_flight)
+        asked = {call.index: call.life for call in updating}
         while isinstance(packed := trainer.pack_weights(dtype), IpcBucket):
-            self._offer(packed)
-        self._offer(None)
-        return packed, self._checked(packed, updating, self._gather(updating, "sync"))
+            self._offer(packed, asked)
+        self._offer(None, asked)
+        return packed, self._checked(packed, request.version, self._answers(updating, "sync"))
 
-    def _offer(self, bucket: IpcBucket | None) -> None:
-        self._gather([a.call("offer_weights", bucket, what="a bucket of weights") for a in self._actors], "sync")
+    def _offer(self, bucket: IpcBucket | None, asked: dict[int, int]) -> None:
+        """asked: the lives that take part in the update; who was lost meanwhile takes no further part."""
+        taking = [a for a in self.reached() if asked.get(a.spec.index) == a.life]
+        self._answers([a.call("offer_weights", bucket, what="a bucket of weights") for a in taking], "sync")
 
     def _meet(self, trainer: TrainerGroup) -> None:
         host, port = trainer.meeting_place()
@@ -206,13 +184,19 @@ class RolloutGroup(_Group):
             for i, a in enumerate(self._actors)
         ]
         self._gather(calls, "sync")
+        self._met = self.lives()
 
-    def _updates(self, sent: SentWeights, version: WeightVersion, in_flight: InFlight) -> list[Call]:
+    def _updates(
+        self, sent: SentWeights, version: WeightVersion, in_flight: InFlight, only: Sequence[int] | None = None
+    ) -> list[Call]:
         what = f"weights of step {version.step}"
-        return [a.call("update_weights", sent, version, in_flight, what=what) for a in self._actors]
+        asked = [a for a in self.reached() if only is None or a.spec.index in only]
+        return [a.call("update_weights", sent, version, in_flight, what=what) for a in asked]
 
-    def _checked(self, sent: SentWeights, calls: list[Call], taken: list[TakenWeights]) -> list[TakenWeights]:
-        for call, answer in zip(calls, taken, strict=True):
+    def _checked(
+        self, sent: SentWeights, version: WeightVersion, taken: list[tuple[Call, TakenWeights]]
+    ) -> list[TakenWeights]:
+        for call, answer in taken:
             check_sync(
                 sender_before=self._sender_checksum,
                 sender_after=sent.checksum,
@@ -221,11 +205,13 @@ class RolloutGroup(_Group):
                 sampler=call.actor,
             )
         self._sender_checksum = self._sampler_checksum = sent.checksum
-        return taken
+        if self._watcher is not None:
+            self._watcher.given([call for call, _ in taken], version)
+        return [answer for _, answer in taken]
 
 
-class RewardGroup(_Group):
-    role, worker = "reward", RewardWorker
+class RewardGroup(Group):
+    role, worker, concurrency_groups = "reward", RewardWorker, {"control": 1}
 
     def starting(self, config: RunConfig) -> list[Call]:
         settings = ContextSettings(
@@ -234,10 +220,8 @@ class RewardGroup(_Group):
             chat_template=config.model.chat_template,
             system_prompt=config.data.system_prompt,
         )
-        return [
-            a.call("start", config.model.path, config.reward, settings, what="starting reward processes")
-            for a in self._actors
-        ]
+        start = ("start", config.model.path, config.reward, settings)
+        return self._starts(lambda a: a.call(*start, what="starting reward processes"))
 
     def score(
         self,
@@ -247,25 +231,27 @@ class RewardGroup(_Group):
         step_rows: int,
         payload: Any,
         train: bool = True,
+        index: int = 0,
     ) -> tuple[list[ray.ObjectRef], Call]:
         """The references of the shards' reward columns, and the call whose answer is their RewardSummaries.
 
         Args:
             record_rows: by shard.
             train: also write what the loss needs (see RewardWorker.score).
+            index: who is asked.
         """
-        actor = self._actors[0]
+        actor = self.at(index)
         verb = actor.handle.score.options(num_returns=len(shards) + 1)
         *columns, summaries = verb.remote(list(record_rows), step_rows, train, *shards)
-        return columns, Call(summaries, actor.spec.name, f"rewards of {len(shards)} shards", payload)
+        return columns, actor.called(summaries, f"rewards of {len(shards)} shards", payload)
 
 
-class ReferenceGroup(_Group):
-    role, worker = "reference", ReferenceWorker
+class ReferenceGroup(Group):
+    role, worker, concurrency_groups = "reference", ReferenceWorker, {"control": 1}
 
     def starting(self, config: RunConfig) -> list[Call]:
-        return [
-            a.call(
+        def start(a: Actor) -> Call:
+            return a.call(
                 "start",
                 config.model,
                 config.trainer,
@@ -274,17 +260,18 @@ class ReferenceGroup(_Group):
                 longest=config.data.max_prompt_tokens + config.data.max_response_tokens,
                 what="loading the reference",
             )
-            for a in self._actors
-        ]
 
-    def logprobs(self, shards: Sequence[ray.ObjectRef]) -> tuple[list[ray.ObjectRef], Call]:
-        """The references of the shards' column ``ref_logprobs``, and the call that ends when they are there."""
-        actor = self._actors[0]
+        return self._starts(start)
+
+    def logprobs(self, shards: Sequence[ray.ObjectRef], index: int = 0) -> tuple[list[ray.ObjectRef], Call]:
+        """The references of the shards' column ``ref_logprobs``, and the call that ends when they are there. index: who
+        is asked."""
+        actor = self.at(index)
         *columns, rows = actor.handle.logprobs.options(num_returns=len(shards) + 1).remote(*shards)
-        return columns, Call(rows, actor.spec.name, f"reference log-probs of {len(shards)} shards")
+        return columns, actor.called(rows, f"reference log-probs of {len(shards)} shards")
 
 
-class TrainerGroup(_Group):
+class TrainerGroup(Group):
     """The verbs: forward, forward_backward, optim_step, save_state, load_state, export_weights."""
 
     role, worker = "trainer", TrainerWorker

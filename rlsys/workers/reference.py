@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ray
+
 from rlsys.batch import DataProto
 from rlsys.batch.columns import check_columns
 from rlsys.config.schema import ModelConfig, TrainerConfig
@@ -27,6 +29,10 @@ class ReferenceWorker(Metered, verbs=("logprobs",)):
         for shard in shards:
             check_columns(shard, ("prompt_ids", "response_ids", "response_mask"), "reference")
         return *(self._engine.forward(shard) for shard in shards), sum(map(len, shards))
+
+    @ray.method(concurrency_group="control")
+    def ping(self) -> None:
+        """Answered at once, from a thread of its own."""
 
     def close(self) -> None:
         """Nothing outlives the process."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
 from rlsys.batch import DataProto, jagged
@@ -153,6 +154,10 @@ class RewardWorker(Metered, verbs=("score",)):
         made, counts = self._contexts.build(batch, texts, rewards, feedback)
         columns.union(made)
         return counts
+
+    @ray.method(concurrency_group="control")
+    def ping(self) -> None:
+        """Answered at once, from a thread of its own."""
 
     def close(self) -> None:
         self._pool.close()

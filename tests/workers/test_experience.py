@@ -93,16 +93,18 @@ class Played:
     def __len__(self) -> int:
         return len(self.shards)
 
-    def generate(self, prompts: DataProto, pieces: list[range], _: SampleRequest) -> list[Call]:
-        assert [row for piece in pieces for row in piece] == list(range(len(prompts)))
-        return [Call(ray.put(shard.rollout), "sampler", "responses", shard.columns[0]) for shard in self.shards]
+    def generate(self, index: int, prompts: ray.ObjectRef, rows: range, _: SampleRequest) -> Call:
+        assert 0 <= index < len(self)
+        (row,) = rows
+        shard = self.shards[int(ray.get(prompts).batch["row"][row])]
+        return Call(ray.put(shard.rollout), "sampler", "responses", shard.columns[0], index)
 
     def score(self, shards: list[str], *, payload: Any, **_: Any) -> tuple[list[str], Call]:
         self.asked.append(shards)
         summaries = [self.of_column[name].reward for name in shards]
         return [self.of_column[name].columns[1] for name in shards], Call(ray.put(summaries), "r", "rewards", payload)
 
-    def logprobs(self, shards: list[str]) -> tuple[list[str], Call]:
+    def logprobs(self, shards: list[str], index: int) -> tuple[list[str], Call]:
         return [self.of_column[name].columns[2] for name in shards], Call(ray.put(0), "r", "log-probs")
 
 
