@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rlsys.batch.versions import WeightVersion
 from rlsys.config.errors import UserError
 from rlsys.engines.sync.buckets import Bucket, Parcel
 from rlsys.environments.base import Sample, SamplingParams
 
-__all__ = ["Bucket", "Parcel", "Rest", "RolloutEngine", "Sample", "SamplingParams", "WeightVersion", "check_prompt"]
+__all__ = [
+    "Bucket",
+    "InFlight",
+    "Parcel",
+    "Rest",
+    "RolloutEngine",
+    "Sample",
+    "SamplingParams",
+    "WeightVersion",
+    "check_prompt",
+]
+
+InFlight = Literal["finish", "keep", "recompute"]
 
 
 @dataclass(frozen=True)
@@ -41,9 +53,16 @@ class RolloutEngine(Protocol):
             untempered distribution), the weights' version of each token, and ``stop`` or ``length``. A sequence that
             reaches the engine's ``max_length`` ends with ``length``.
 
+        A call that is cancelled gives up its sequence: it takes no more computing, and no memory.
+
         Raises:
             UserError: the prompt is empty or leaves no room for a token.
         """
+        ...
+
+    def sampled_tokens(self) -> int:
+        """Tokens sampled since the engine was started, those of sequences under way and of given-up ones too. May be
+        asked from any thread."""
         ...
 
     async def gpus(self) -> list[str]:
@@ -54,9 +73,19 @@ class RolloutEngine(Protocol):
         """Checksum (``rlsys.engines.sync.checksum``) of the weights that the engine holds now."""
         ...
 
-    async def update_weights(self, buckets: Iterable[Parcel], version: WeightVersion) -> str:
-        """Take new weights; nothing is sampled with half of them, and no cache of the old ones is served afterwards.
-        Sequences under way finish with the old weights first, later ones wait for the new.
+    async def update_weights(
+        self, buckets: Iterable[Parcel], version: WeightVersion, in_flight: InFlight = "finish"
+    ) -> str:
+        """Take new weights; nothing is sampled with half of them, and no cache of the old ones is served to a sequence
+        that begins afterwards. New sequences wait for the new weights.
+
+        Args:
+            in_flight: what becomes of sequences under way. ``finish``: they end with the old weights first. ``keep``:
+                they pause between two tokens and go on with the new weights, on keys and values of the old ones for
+                what they have so far. ``recompute``: the same, on keys and values computed anew. Either way a partial
+                response goes on as it is, so there is nothing to be put back and asked for again, and each of its
+                tokens has the version and the log-prob of the weights that sampled it. An engine that cannot pause
+                says so once in the log, and finishes.
 
         Returns:
             The checksum of the weights that the engine now holds, computed from what it holds and not from what it

@@ -44,6 +44,8 @@ _TOKEN, _POSITION, _COUNT, _LIMIT, _SEED, _STOPS, _SLOT = range(7)
 class ContinuousBatch:
     """Rows under way. What a call computes depends on the sequences that were added and on nothing else.
 
+    sampled: tokens, since it was made.
+
     Args:
         decoder: of the model.
         vocabulary: V of its head.
@@ -51,6 +53,8 @@ class ContinuousBatch:
         end_ids: tokens that end every response.
         decode: tokens to text, for stop texts.
     """
+
+    pauses = True  # between two tokens, for new weights
 
     def __init__(
         self,
@@ -63,6 +67,8 @@ class ContinuousBatch:
         self._decoder, self._vocabulary, self._max_rows = decoder, vocabulary, max_rows
         self._end_ids, self._decode = end_ids, decode
         self._cache = KVCache(decoder)
+        self.sampled = 0
+        self._interrupted = False
         self.clear()
 
     def __len__(self) -> int:
@@ -111,18 +117,15 @@ class ContinuousBatch:
             if self._sequences:
                 self._tokens[:, :before], self._logprobs[:, :before] = old
         finished: list[Finished] = []
-        for prompts in _passes([list(same) for _, same in groupby(sequences, key=lambda s: s.prompt)]):
-            finished += self._add(prompts, most)
+        same_prompt = [list(same) for _, same in groupby(sequences, key=lambda s: s.prompt)]
+        for part in _passes([same[0].prompt for same in same_prompt]):
+            finished += self._add(same_prompt[part], most)
         return finished
 
     def _add(self, prompts: list[list[Continuation]], most: int) -> list[Finished]:
         """prompts: sequences by equal prompt; one pass over these."""
         device = self._decoder.device
-        lengths = [len(same[0].prompt) for same in prompts]
-        longest = max(lengths)
-        padded = [[0] * (longest - len(same[0].prompt)) + same[0].prompt for same in prompts]
-        pads = torch.tensor([longest - n for n in lengths], device=device)
-        logits, kv = self._decoder.prefill(torch.tensor(padded, device=device), pads, padded=min(lengths) < longest)
+        logits, kv = self._prefill([same[0].prompt for same in prompts])
         added = [s for same in prompts for s in same]
         source = torch.tensor([i for i, same in enumerate(prompts) for _ in same], device=device)
         before = len(self)
@@ -140,11 +143,28 @@ class ContinuousBatch:
         self._any_text = self._any_text or any(s.params.stop for s in added)
         return self._sampled(logits[source], before)
 
+    def _prefill(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits after the last token of each row, and keys and values of all."""
+        device = self._decoder.device
+        lengths = [len(tokens) for tokens in rows]
+        longest = max(lengths)
+        padded = [[0] * (longest - len(tokens)) + tokens for tokens in rows]
+        pads = torch.tensor([longest - n for n in lengths], device=device)
+        return self._decoder.prefill(torch.tensor(padded, device=device), pads, padded=min(lengths) < longest)
+
+    def interrupt(self) -> None:
+        """Has a ``run`` that another thread is in return after the token that it is at, and the next one at once."""
+        self._interrupted = True
+
+    def go_on(self) -> None:
+        """No ``run`` is to be interrupted any more."""
+        self._interrupted = False
+
     @torch.inference_mode()
     def run(self) -> list[Finished]:
-        """Decodes until at least one row ends. Returns the rows that did."""
+        """Decodes until at least one row ends, or it is interrupted. Returns the rows that ended."""
         finished: list[Finished] = []
-        while not finished and self._sequences:
+        while not finished and self._sequences and not self._interrupted:
             cache, mask = self._cache.advance(self._longest)
             logits = self._decoder.step(self._state[_TOKEN], self._state[_POSITION], cache, mask)
             self._state[_POSITION] += 1
@@ -152,8 +172,36 @@ class ContinuousBatch:
         return finished
 
     def refresh(self) -> None:
-        """To be called when the model has new weights, and nothing is under way."""
+        """To be called when the model has new weights. Rows under way keep the keys and values that they have."""
         self._decoder.refresh()
+
+    def lengths(self) -> list[tuple[Continuation, int]]:
+        """What is under way, and how many tokens each response has so far."""
+        return list(zip(self._sequences, self._state[_COUNT].tolist(), strict=True))
+
+    @torch.inference_mode()
+    def recompute(self) -> None:
+        """Computes keys and values of all rows anew, under the weights that the model has now."""
+        if not self._sequences:
+            return
+        slots, counts = self._state[_SLOT].tolist(), self._state[_COUNT].tolist()
+        # Those of the last token come with the next step, as they would have.
+        known = [
+            s.prompt + self._tokens[slot, : count - 1].tolist()
+            for s, slot, count in zip(self._sequences, slots, counts, strict=True)
+        ]
+        order = sorted(range(len(known)), key=lambda row: -len(known[row]))  # the longest one gives the cache its clock
+        self._sequences = [self._sequences[row] for row in order]
+        index = torch.tensor(order, dtype=torch.int64, device=self._decoder.device)
+        self._state, self._temperatures = self._state[:, index], self._temperatures[index]
+        left = max(s.limit - counts[row] for s, row in zip(self._sequences, order, strict=True))
+        self._cache.keep([])
+        known = [known[row] for row in order]
+        for part in _passes(known):
+            _, kv = self._prefill(known[part])
+            lengths = [len(tokens) for tokens in known[part]]
+            source = torch.arange(len(lengths), device=self._decoder.device)
+            self._cache.add(kv, source, lengths, most=len(order), response=left)
 
     def release(self) -> int:
         """Gives up everything under way, and the memory of the cache: so many bytes."""
@@ -180,6 +228,7 @@ class ContinuousBatch:
         self._logprobs[state[_SLOT], state[_COUNT]] = logprobs
         state[_TOKEN] = tokens
         state[_COUNT] += 1
+        self.sampled += len(tokens)
         stopped = self._stop_table[state[_STOPS], tokens]
         ended = stopped | (state[_COUNT] >= state[_LIMIT])
         rows = (ended.nonzero()[:, 0] + first).tolist()
@@ -253,15 +302,13 @@ def _tail(texts: tuple[str, ...]) -> int:
     return 4 * max(map(len, texts)) + 8
 
 
-def _passes(prompts: list[list[Continuation]]) -> Iterator[list[list[Continuation]]]:
-    """Cuts prompts into passes of a bounded size, padding included."""
-    chosen: list[list[Continuation]] = []
-    longest = 0
-    for same in prompts:
-        longest = max(longest, len(same[0].prompt))
-        if chosen and longest * (len(chosen) + 1) > _PREFILL_TOKENS:
-            yield chosen
-            chosen, longest = [], len(same[0].prompt)
-        chosen.append(same)
-    if chosen:
-        yield chosen
+def _passes(rows: list[list[int]]) -> Iterator[slice]:
+    """Cuts rows of tokens into passes of a bounded size, padding included."""
+    first = longest = 0
+    for row, tokens in enumerate(rows):
+        longest = max(longest, len(tokens))
+        if row > first and longest * (row - first + 1) > _PREFILL_TOKENS:
+            yield slice(first, row)
+            first, longest = row, len(tokens)
+    if rows:
+        yield slice(first, len(rows))

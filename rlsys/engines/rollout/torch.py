@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from rlsys.batch.versions import WeightVersion
 from rlsys.config.schema import TorchRollout
-from rlsys.engines.rollout.base import Rest, check_prompt
+from rlsys.engines.rollout.base import InFlight, Rest, check_prompt
 from rlsys.engines.rollout.batching import Continuation, ContinuousBatch, Finished
 from rlsys.engines.rollout.decoder import Decoder, unsupported
 from rlsys.engines.rollout.stopping import end_token_ids
@@ -83,12 +83,16 @@ class TorchEngine:
         self._batch = self._start_batch(end_ids, _decode_with(tokenizer))
         self._waiting: list[Continuation] = []  # in the order in which they will enter
         self._arrived: list[Continuation] = []  # since the event loop last had its turns
-        self._under_way: set[asyncio.Future[Sample]] = set()
+        # By the answer that is waited for: from which token on which weights sampled.
+        self._under_way: dict[asyncio.Future[Sample], list[tuple[int, WeightVersion]]] = {}
         self._runner: asyncio.Task[None] | None = None
-        self._weights = asyncio.Lock()
-        self._wanted = 0  # calls that wait for the weights to be at rest
+        self._changing = asyncio.Lock()  # who wants the weights for themselves, at rest or between two tokens
+        self._weights = asyncio.Lock()  # held while anything is under way
+        self._pass = asyncio.Lock()  # held while the batch computes
+        self._wanted = False  # nobody enters: somebody waits for the weights to be at rest
+        self._said_finish = False
         self._broken: str | None = None
-        self._asleep = False
+        self._asleep = self._closed = False
         self._emptied: Emptied | None = None  # the weights' memory, while it is given back
         # One thread of its own: torch keeps a team of threads for each thread that computes.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
@@ -110,7 +114,15 @@ class TorchEngine:
         self._arrived.append(Continuation(token_ids, params, limit, answer))
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._run())
-        return await answer
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if not self._closed:
+                self._batch.interrupt()  # the row leaves now, not when another one ends
+            raise
+
+    def sampled_tokens(self) -> int:
+        return 0 if self._closed else self._batch.sampled
 
     async def gpus(self) -> list[str]:
         return [gpu_uuid(self._model.device)] if self._model.device.type == "cuda" else []
@@ -119,8 +131,15 @@ class TorchEngine:
         async with self._at_rest():
             return await self._in_thread(self._checksum)
 
-    async def update_weights(self, buckets: Iterable[Parcel], version: WeightVersion) -> str:
-        async with self._at_rest():
+    async def update_weights(
+        self, buckets: Iterable[Parcel], version: WeightVersion, in_flight: InFlight = "finish"
+    ) -> str:
+        if in_flight != "finish" and not self._batch.pauses:
+            in_flight = "finish"
+            if not self._said_finish:
+                self._said_finish = True
+                _log.warning("whole batches cannot pause: sequences under way finish before new weights are taken")
+        async with self._at_rest() if in_flight == "finish" else self._between_tokens():
             if self._broken:
                 raise SyncError(self._broken)
             began = time.perf_counter()
@@ -128,6 +147,8 @@ class TorchEngine:
                 if self._emptied is not None:
                     self._emptied.restore()
                 await self._in_thread(self._load, buckets)
+                if in_flight == "recompute":
+                    await self._in_thread(self._batch.recompute)
                 self._emptied = None
             except BaseException as error:
                 self._broken = (
@@ -135,6 +156,8 @@ class TorchEngine:
                 )
                 raise SyncError(self._broken) from error
             self.version = version
+            for request, tokens in self._batch.lengths():
+                self._under_way[_answer(request)].append((tokens, version))
             loaded = time.perf_counter()
             checksum = await self._in_thread(self._checksum)
             self.last_update_s = {"load": loaded - began, "held_checksum": time.perf_counter() - loaded}
@@ -142,6 +165,7 @@ class TorchEngine:
 
     async def sleep(self, *, weights: bool = True) -> Rest:
         self._asleep = True
+        self._batch.interrupt()
         async with self._at_rest():
             for request in (*self._waiting, *self._arrived):
                 _refuse(request)
@@ -162,6 +186,7 @@ class TorchEngine:
 
     async def close(self) -> None:
         if self._runner is not None:
+            self._batch.interrupt()
             self._runner.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._runner
@@ -169,18 +194,28 @@ class TorchEngine:
             _answer(request).cancel()
         self._waiting, self._arrived = [], []
         self._thread.shutdown()
+        self._closed = True
         for name in ("_batch", "_model"):
             self.__dict__.pop(name, None)
 
     @contextlib.asynccontextmanager
     async def _at_rest(self) -> AsyncIterator[None]:
         """Nothing is under way meanwhile; what was has ended before, and what waits goes on after."""
-        self._wanted += 1
-        try:
-            async with self._weights:
+        async with self._changing:
+            self._wanted = True
+            try:
+                async with self._weights:
+                    yield
+            finally:
+                self._wanted = False
+
+    @contextlib.asynccontextmanager
+    async def _between_tokens(self) -> AsyncIterator[None]:
+        """What is under way pauses meanwhile, and what waits goes on after."""
+        async with self._changing:
+            self._batch.interrupt()
+            async with self._pass:
                 yield
-        finally:
-            self._wanted -= 1
 
     async def _run(self) -> None:
         """Answers calls until there are none."""
@@ -195,33 +230,35 @@ class TorchEngine:
                     self._give_up(error)
 
     async def _decode(self) -> None:
-        """Until nothing is under way and nobody may enter. The weights are ours."""
-        if self._broken:
-            raise SyncError(self._broken)
+        """Until nothing is under way and nobody may enter."""
         batch = self._batch
         while True:
-            if self._asleep:
-                raise SyncError(_ASLEEP)
-            if self._waiting and not self._wanted and batch.room:
-                entering, self._waiting = self._waiting[: batch.room], self._waiting[batch.room :]
-                entering = [request for request in entering if not _answer(request).done()]
-                self._under_way |= {_answer(request) for request in entering}
-                await self._reply(await self._in_thread(batch.add, entering, waiting=len(self._waiting)))
-            elif len(batch):
-                if any(answer.done() for answer in self._under_way):  # cancelled
-                    await self._in_thread(batch.drop, lambda request: _answer(request).done())
-                await self._reply(await self._in_thread(batch.run))
-            else:
-                return
+            async with self._pass:  # it goes round: whoever wants in between two tokens is next
+                if self._broken or self._asleep:
+                    raise SyncError(self._broken or _ASLEEP)
+                batch.go_on()
+                if cancelled := {answer for answer in self._under_way if answer.done()}:
+                    await self._in_thread(batch.drop, lambda request: _answer(request) in cancelled)
+                    for answer in cancelled:
+                        del self._under_way[answer]
+                if self._waiting and not self._wanted and batch.room:
+                    entering, self._waiting = self._waiting[: batch.room], self._waiting[batch.room :]
+                    entering = [request for request in entering if not _answer(request).done()]
+                    self._under_way |= {_answer(request): [(0, self.version)] for request in entering}
+                    await self._reply(await self._in_thread(batch.add, entering, waiting=len(self._waiting)))
+                elif len(batch):
+                    await self._reply(await self._in_thread(batch.run))
+                else:
+                    return
 
     async def _reply(self, finished: list[Finished]) -> None:
         """Hands out answers, and lets those who wait for them call again."""
         for response in finished:
-            answer, n = _answer(response.sequence), len(response.token_ids)
+            answer = _answer(response.sequence)
+            versions = _by_token(self._under_way.pop(answer), len(response.token_ids))
             if not answer.done():
                 reason = "stop" if response.stopped else "length"
-                answer.set_result(Sample(response.token_ids, response.logprobs, [self.version] * n, reason))
-            self._under_way.discard(answer)
+                answer.set_result(Sample(response.token_ids, response.logprobs, versions, reason))
         await self._settle()
 
     async def _settle(self) -> None:
@@ -236,11 +273,11 @@ class TorchEngine:
 
     def _give_up(self, error: Exception) -> None:
         """``error`` is raised in every call under way; where the engine is broken, in those that wait too."""
-        lost = self._under_way
+        lost = set(self._under_way)
         if self._broken:
-            lost = lost | {_answer(request) for request in self._waiting}
+            lost |= {_answer(request) for request in self._waiting}
             self._waiting = []
-        self._under_way = set()
+        self._under_way = {}
         self._batch.clear()
         for answer in lost:
             if not answer.done():
@@ -265,6 +302,12 @@ class TorchEngine:
         if missing:
             raise ValueError(f"no new weights came for {', '.join(missing)}")
         self._batch.refresh()
+
+
+def _by_token(starts: list[tuple[int, WeightVersion]], tokens: int) -> list[WeightVersion]:
+    """starts: first token and version of each span, in order."""
+    ends = [first for first, _ in starts[1:]] + [tokens]
+    return [version for (first, version), end in zip(starts, ends, strict=True) for _ in range(first, end)]
 
 
 def _refuse(request: Continuation) -> None:

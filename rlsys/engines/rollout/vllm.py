@@ -32,7 +32,7 @@ from rlsys.batch.versions import WeightVersion
 from rlsys.config.errors import UserError
 from rlsys.config.sampler import sampler_ranks
 from rlsys.config.schema import LoraConfig, VllmRollout
-from rlsys.engines.rollout.base import Rest, check_prompt
+from rlsys.engines.rollout.base import InFlight, Rest, check_prompt
 from rlsys.engines.rollout.stopping import end_token_ids
 from rlsys.engines.rollout.vllm_args import check_engine_args
 from rlsys.engines.rollout.vllm_environment import core_environment
@@ -62,10 +62,20 @@ class VllmEngine:
         self._end_ids = end_ids
         self._request_ids = itertools.count()
         self._updating = asyncio.Lock()
+        self._open = asyncio.Event()  # sequences may enter vLLM
+        self._open.set()
+        self._running: dict[str, str] = {}  # vLLM's own name of each sequence in it, by ours; "": it is on its way in
+        self._again: set[str] = set()  # of them: those that will be handed to vLLM anew
+        self._none_runs = asyncio.Event()
+        self._none_runs.set()
+        self._sampled, self._most_sampled = 0, 0
+        self._salts = itertools.count(1)
+        # Part of the name of every block in vLLM's prefix cache: what old weights computed, also what a sequence that
+        # kept its cache still adds to it, is found by no sequence that begins later.
+        self._salt = "0"
         self.last_update_s: dict[str, float] = {}
         self._broken: str | None = None
         self._adapts = adapts
-        self._adapters = itertools.count(1)
         self._asleep = False
         self._away: set[str] = set()  # what of it vLLM's allocator has unmapped
         self._lost = False  # the weights' memory was given back, and no new ones have come
@@ -126,17 +136,50 @@ class VllmEngine:
 
     async def generate(self, token_ids: list[int], params: SamplingParams) -> Sample:
         check_prompt(token_ids, self._max_length)
-        if self._broken or self._asleep:
-            raise SyncError(self._broken or _ASLEEP)
-        final: RequestOutput | None = None
-        request = tokens_input(prompt_token_ids=token_ids)
-        async for output in self._engine.generate(
-            request, self._vllm_params(params), str(next(self._request_ids)), lora_request=self._adapter
-        ):
-            final = output
-        if final is None or final.outputs[0].finish_reason not in ("stop", "length"):
-            raise SyncError(self._broken or (_ASLEEP if self._asleep else "the sampler gave up a sequence under way"))
-        return _sample(final)
+        wanted = self._vllm_params(params)
+        while True:
+            await self._open.wait()
+            if self._broken or self._asleep:
+                raise SyncError(self._broken or _ASLEEP)
+            if (output := await self._run(token_ids, wanted)) is not None:
+                return _sample(output)
+
+    async def _run(self, token_ids: list[int], params: VllmSamplingParams) -> RequestOutput | None:
+        """None: it was taken out before its first token, for new weights."""
+        number = str(next(self._request_ids))
+        request = tokens_input(prompt_token_ids=token_ids, cache_salt=self._salt)
+        self._running[number] = ""
+        self._none_runs.clear()
+        try:
+            queue = await self._engine.add_request(number, request, params, lora_request=self._adapter)
+            self._running[number] = queue.request_id
+            output = await queue.get()
+            assert isinstance(output, RequestOutput)
+            self._sampled += len(output.outputs[0].token_ids)
+            if output.outputs[0].finish_reason in ("stop", "length"):
+                return output
+            if number in self._again:
+                return None
+        except asyncio.CancelledError:
+            self._sampled += self._tokens(self._running[number])
+            await self._engine.abort(number)
+            raise
+        finally:
+            self._again.discard(number)
+            del self._running[number]
+            if not self._running:
+                self._none_runs.set()
+        raise SyncError(self._broken or (_ASLEEP if self._asleep else "the sampler gave up a sequence under way"))
+
+    def sampled_tokens(self) -> int:
+        now = self._sampled + sum(map(self._tokens, list(self._running.values())))
+        self._most_sampled = max(self._most_sampled, now)  # vLLM forgets an ended sequence before its answer is counted
+        return self._most_sampled
+
+    def _tokens(self, name: str) -> int:
+        """Of a sequence in vLLM, so far."""
+        state = self._engine.output_processor.request_states.get(name)
+        return 0 if state is None or state.detokenizer is None else int(state.detokenizer.num_output_tokens())
 
     async def gpus(self) -> list[str]:
         return [] if current_platform.is_cpu() else await self._rpc("rlsys_gpu")
@@ -145,30 +188,62 @@ class VllmEngine:
         ranks = await self._rpc("rlsys_held")
         return pieces_checksum([_piece(fields) for fields in pieces] for pieces in ranks)
 
-    async def update_weights(self, buckets: Iterable[Parcel], version: WeightVersion) -> str:
+    async def update_weights(
+        self, buckets: Iterable[Parcel], version: WeightVersion, in_flight: InFlight = "finish"
+    ) -> str:
+        if self._adapts and self._adapter is None:
+            in_flight = "finish"  # what is under way knows of no adapter that could become another one
         async with self._updating:
             if self._broken:
                 raise SyncError(self._broken)
-            await self._engine.pause_generation(mode="wait", clear_cache=True)
+            self._open.clear()
             try:
                 began = time.perf_counter()
-                if self._asleep:
-                    await self._make_room()
-                await (self._load_adapter(buckets, version) if self._adapts else self._load(buckets))
-                loaded = time.perf_counter()
-                checksum = await self.checksum()
-                self.last_update_s = {"load": loaded - began, "held_checksum": time.perf_counter() - loaded}
-                await self._engine.update_weight_version(str(version.packed()))
-            except BaseException as error:
-                self._broken = (
-                    f"an update to {tuple(version)} broke off half-way ({error!r}): the sampler must be restarted"
-                )
-                await self._engine.pause_generation(mode="abort", clear_cache=False)
-                raise SyncError(self._broken) from error
-            self.version, self._lost = version, False
-            if not self._asleep:
-                await self._engine.resume_generation()
-            return checksum
+                await self._pause(in_flight)
+                try:
+                    paused = time.perf_counter()
+                    if self._asleep:
+                        await self._make_room()
+                    await (self._load_adapter(buckets) if self._adapts else self._load(buckets))
+                    loaded = time.perf_counter()
+                    checksum = await self.checksum()
+                    await self._engine.update_weight_version(str(version.packed()))
+                except BaseException as error:
+                    self._broken = (
+                        f"an update to {tuple(version)} broke off half-way ({error!r}): the sampler must be restarted"
+                    )
+                    await self._engine.pause_generation(mode="abort", clear_cache=False)
+                    raise SyncError(self._broken) from error
+                self.version, self._lost, self._salt = version, False, str(next(self._salts))
+                self.last_update_s = {
+                    "pause": paused - began,
+                    "load": loaded - paused,
+                    "held_checksum": time.perf_counter() - loaded,
+                }
+                if not self._asleep:
+                    await self._engine.resume_generation()
+                return checksum
+            finally:
+                self._open.set()
+
+    async def _pause(self, in_flight: InFlight) -> None:
+        """Nothing is computed from here on. A sequence without a token has not begun: it will be handed to vLLM anew,
+        because a block of its prompt might be found in the cache that old weights computed."""
+        while "" in self._running.values():
+            await asyncio.sleep(0)
+        if in_flight == "finish":
+            # Not vLLM's own waiting: it would hold back a sequence that it has set aside for want of memory.
+            await self._take_out_unbegun()
+            await self._none_runs.wait()
+            await self._engine.pause_generation(mode="wait", clear_cache=True)
+        else:
+            await self._engine.pause_generation(mode="keep", clear_cache=in_flight == "recompute")
+            await self._take_out_unbegun()
+
+    async def _take_out_unbegun(self) -> None:
+        unbegun = [number for number, name in self._running.items() if not self._tokens(name)]
+        self._again.update(unbegun)
+        await self._engine.abort(unbegun)
 
     async def sleep(self, *, weights: bool = True) -> Rest:
         """On GPUs an adapter's base, which nobody sends anew, waits in main memory; on a CPU it stays."""
@@ -250,17 +325,16 @@ class VllmEngine:
     async def _load_shared(self, bucket: SharedBucket, method: str = "rlsys_load_bucket") -> None:
         await self._rpc(method, bucket.path, bucket.nbytes, _entries(bucket.entries), bucket.kept)
 
-    async def _load_adapter(self, parcels: Iterable[Parcel], version: WeightVersion) -> None:
-        """Each version is an adapter of its own to vLLM, so that no cache serves one for another."""
+    async def _load_adapter(self, parcels: Iterable[Parcel]) -> None:
+        """It is always the same one to vLLM, so that sequences under way go on with what it has become."""
         for parcel in parcels:
             if isinstance(parcel, SharedBucket):
                 await self._load_shared(parcel, "rlsys_collect_adapter")
             else:
                 with _in_shared_memory(parcel) as bucket:
                     await self._load_shared(dataclasses.replace(bucket, kept=False), "rlsys_collect_adapter")
-        number = next(self._adapters)
-        await self._rpc("rlsys_use_adapter", number)
-        self._adapter = LoRARequest(f"{version.lineage}-{version.step}-{number}", number, "sent by the trainer")
+        self._adapter = LoRARequest("adapter", 1, "sent by the trainer")
+        await self._rpc("rlsys_use_adapter", self._adapter.lora_int_id)
 
     async def _rpc(self, method: str, *args: Any) -> list[Any]:
         """By rank of the sampler."""

@@ -19,7 +19,7 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 def use_adapter(manager: WorkerLoRAManager, number: int, tensors: dict[str, torch.Tensor]) -> None:
-    """Has ``manager`` apply this adapter under a new number, and no other.
+    """Has ``manager`` apply this adapter under this number, and no other.
 
     Args:
         tensors: ``LAYER.lora_A.weight`` [rank, in] and ``LAYER.lora_B.weight`` [out, rank] by Hugging Face name, the

@@ -94,7 +94,7 @@ class WeightReceiver:
         self._collected().update((name, tensor.clone()) for name, tensor in bucket.tensors())
 
     def rlsys_use_adapter(self, number: int) -> None:
-        """Puts the adapter that was collected into the place of the one before. number: vLLM's of it, a new one."""
+        """Puts the adapter that was collected into the place of the one before. number: vLLM's of it."""
         with torch.no_grad(), set_current_vllm_config(self.vllm_config):
             use_adapter(self.model_runner.lora_manager, number, self._collected())
         self._collected().clear()

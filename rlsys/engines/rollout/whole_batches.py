@@ -21,13 +21,29 @@ from rlsys.environments.base import SamplingParams
 
 
 class WholeBatches:
-    """See :class:`rlsys.engines.rollout.batching.ContinuousBatch`."""
+    """See :class:`rlsys.engines.rollout.batching.ContinuousBatch`. What is under way goes on to its end, whoever has
+    given it up."""
+
+    pauses = False
 
     def __init__(
         self, model: PreTrainedModel, max_rows: int, end_ids: tuple[int, ...], decode: Callable[[list[int]], str]
     ):
         self._model, self._max_rows, self._end_ids, self._decode = model, max_rows, end_ids, decode
         self._batch: list[Continuation] = []
+        self.sampled = 0
+
+    def interrupt(self) -> None:
+        """Nothing."""
+
+    def go_on(self) -> None:
+        """Nothing."""
+
+    def lengths(self) -> list[tuple[Continuation, int]]:
+        return [(sequence, 0) for sequence in self._batch]
+
+    def recompute(self) -> None:
+        """Nothing is kept of what was computed."""
 
     def __len__(self) -> int:
         return len(self._batch)
@@ -68,7 +84,7 @@ class WholeBatches:
             input_ids[row, longest - len(sequence.prompt) :] = torch.tensor(sequence.prompt)
             mask[row, longest - len(sequence.prompt) :] = 1
         picker = _Picker([s.params for s in batch], device)
-        stopper = _Stopper(batch, longest, self._end_ids, self._decode)
+        stopper = _Stopper(batch, longest, self._end_ids, self._decode, self._count)
         self._model.generate(
             input_ids.to(device),
             attention_mask=mask.to(device),
@@ -83,6 +99,9 @@ class WholeBatches:
             Finished(sequence, tokens[row][:n], logprobs[row][:n], stopped)
             for row, (sequence, n, stopped) in enumerate(zip(batch, stopper.lengths, stopper.stopped, strict=True))
         ]
+
+    def _count(self, tokens: int) -> None:
+        self.sampled += tokens
 
 
 class _Picker(LogitsProcessor):
@@ -120,8 +139,9 @@ class _Stopper(StoppingCriteria):
         prompt_tokens: int,
         end_ids: tuple[int, ...],
         decode: Callable[[list[int]], str],
+        count: Callable[[int], None],
     ):
-        self._rows, self._start, self._decode = rows, prompt_tokens, decode
+        self._rows, self._start, self._decode, self._count = rows, prompt_tokens, decode, count
         self._ends = [{*end_ids, *s.params.stop_token_ids} for s in rows]
         self._open = list(range(len(rows)))
         self.lengths = [0] * len(rows)
@@ -130,6 +150,7 @@ class _Stopper(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
         """input_ids [B, prompt + response] → [B] bool, true where the row is done."""
         responses = input_ids[:, self._start :].tolist()
+        self._count(len(self._open))
         still_open = []
         for row in self._open:
             sequence, response = self._rows[row], responses[row]
