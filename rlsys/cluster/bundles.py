@@ -34,6 +34,12 @@ class Booking:
     ranks: int = 0
     singles: int = 0
 
+    @property
+    def one_domain(self) -> bool:
+        """Whether all bundles ask for one NVLink domain, by the label that its hosts have."""
+        asked = {selector.get(DOMAIN_LABEL) for selector in self.selectors}
+        return len(asked) == 1 and None not in asked
+
 
 def check_hosts(config: RunConfig, topology: Topology) -> None:
     """What holds for all hosts together.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from rlsys.cluster.network import HostLook, chosen, look, network_env
 from rlsys.cluster.placement import ActorSpec, Plan
 from rlsys.cluster.shape import take_part
-from rlsys.cluster.topology import Node, Topology, found, this_host
+from rlsys.cluster.topology import DOMAIN_LABEL, Node, Topology, found, this_host
 from rlsys.config.clusters import ClusterConfig, Gb10, address_of
 from rlsys.config.errors import UserError
 
@@ -30,6 +31,8 @@ INLINE_BYTES = 16 << 10
 """Larger answers stay in the object store. Ray's own limit of 100 KiB would keep shards of a few samples in the
 driver's memory, and send their tokens on from there."""
 _POLL_S = 0.5
+_ELSEWHERE_S = 5.0  # so long the domain that was planned is waited for, where another one may do
+_ANY_DOMAIN = {DOMAIN_LABEL: "STRICT_PACK", "ray.io/node-id": "PACK"}
 
 
 class HostsFailed(UserError):
@@ -216,6 +219,8 @@ class Placement:
         seconds: how long to wait for GPUs that others still hold.
         check: called while waiting; raises to end the wait.
         settle: the plan again, for the hosts that the bundles have landed on; None: there is one host.
+        hosts: ids of those that the run may use: where the planned NVLink domain has been taken meanwhile, Ray may
+            choose another one among them.
 
     Raises:
         UserError: the GPUs were not free in time.
@@ -228,15 +233,20 @@ class Placement:
         seconds: float,
         check: Callable[[], None] = lambda: None,
         settle: Callable[[Sequence[str]], Plan] | None = None,
+        hosts: Collection[str] = (),
     ):
         self.plan = plan
         self._group: PlacementGroup | None = None
         if plan.bundles:
-            selectors = list(plan.booking.selectors)
-            self._group = placement_group(
-                list(plan.bundles), strategy="PACK", bundle_label_selector=selectors if any(selectors) else None
-            )
-            if not self._booked(self._group, seconds, check):
+            asked = time.monotonic()
+            elsewhere = plan.booking.one_domain and _may_be_anywhere(hosts)
+            self._group = self._where_planned(plan)
+            booked = self._booked(self._group, min(seconds, _ELSEWHERE_S) if elsewhere else seconds, check)
+            if not booked and elsewhere:  # the domain that fits best has been taken meanwhile: any other will do
+                self.release()
+                self._group = placement_group(list(plan.bundles), topology_strategy=_ANY_DOMAIN)
+                booked = self._booked(self._group, seconds - (time.monotonic() - asked), check)
+            if not booked:
                 self.release()
                 gpus = sum(bundle["GPU"] for bundle in plan.bundles)
                 raise UserError(
@@ -260,6 +270,13 @@ class Placement:
         return options
 
     @staticmethod
+    def _where_planned(plan: Plan) -> PlacementGroup:
+        selectors = list(plan.booking.selectors)
+        return placement_group(
+            list(plan.bundles), strategy="PACK", bundle_label_selector=selectors if any(selectors) else None
+        )
+
+    @staticmethod
     def _booked(group: PlacementGroup, seconds: float, check: Callable[[], None]) -> bool:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -272,3 +289,12 @@ class Placement:
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None
+
+
+def _may_be_anywhere(hosts: Collection[str]) -> bool:
+    """Whether Ray may choose the domain: this Ray can be asked to, and every host that has a domain is one of
+    ``hosts`` (their ids), which the run may use."""
+    if "topology_strategy" not in inspect.signature(placement_group).parameters:
+        return False
+    labelled = {node["NodeID"] for node in ray.nodes() if node["Alive"] and DOMAIN_LABEL in node.get("Labels", {})}
+    return labelled <= set(hosts)

@@ -15,6 +15,7 @@ from rlsys.config.schema import RunConfig
 from rlsys.controller.inputs import Inputs
 from rlsys.controller.job import Groups, Observers
 from rlsys.tracking.blocks import count, header_rows
+from rlsys.workers.fleet import Fleets
 from rlsys.workers.groups import CriticGroup, ReferenceGroup, RewardGroup, RolloutGroup, TrainerGroup
 from rlsys.workers.waits import Call, StopFlag, gather
 
@@ -107,7 +108,21 @@ def started(
             observers.display.note(f"of {count(total)} weights the adapter's {count(trained)} are trained")
         if session.nodes > 1:
             groups.trainer.require_shared(observers.folder.path)
+        made.groups.fleets = _watched(config, groups, observers)
         yield made
+
+
+def _watched(config: RunConfig, groups: Groups, observers: Observers) -> Fleets:
+    """Who keeps samplers, reward and reference alive from here on, and says so."""
+
+    def report(kind: str, text: str, **fields: str | float) -> None:
+        observers.folder.log_event(kind, text, **fields)
+        observers.display.note(text, alert=kind == "lost")
+
+    start_s = config.deadlines.start
+    fleets = Fleets.watch(groups.rollout, groups.reward, groups.reference, config.health, report, start_s=start_s)
+    fleets.alone = config.cluster.placement == "colocated"
+    return fleets
 
 
 def _trainers_starting(config: RunConfig, inputs: Inputs, groups: Groups) -> list[Call]:
@@ -143,7 +158,13 @@ def _placed(config: RunConfig, session: Session, layout: Plan, stop: StopFlag, o
         return assign(config, session.topology, layout.booking, landed, env=session.env)
 
     several = session.nodes > 1
-    placement = Placement(layout, seconds=config.deadlines.start, check=stop.check, settle=settle if several else None)
+    placement = Placement(
+        layout,
+        seconds=config.deadlines.start,
+        check=stop.check,
+        settle=settle if several else None,
+        hosts=[node.id for node in session.topology.nodes],
+    )
     if several:
         bound = [actor for actor in placement.plan.actors if actor.node is not None]
         where = {actor.name: session.topology.node(str(actor.node)).address for actor in bound}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,9 +10,10 @@ import ray
 from composing import run_config
 from ray.cluster_utils import Cluster
 
-from rlsys.cluster.placement import assign, place
+from rlsys.cluster.placement import Plan, assign, place
 from rlsys.cluster.session import Placement
 from rlsys.cluster.topology import DOMAIN_LABEL, DOMAIN_RESOURCE, Topology, found
+from rlsys.config.errors import UserError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 DOMAINS = ("a.0", "a.0", "b.0")
@@ -54,3 +55,36 @@ def test_ranks_follow_the_bundles(topology: Topology) -> None:
             assert ray.get(node.options(**options).remote()) == actor.node
     finally:
         booked.release()
+
+
+def test_where_the_planned_domain_was_taken_meanwhile_all_go_to_another_one() -> None:
+    ray.shutdown()
+    cluster = Cluster()
+    cluster.add_node(num_cpus=1, num_gpus=0)
+    for domain in ("a.0", "a.0", "b.0", "b.0"):
+        cluster.add_node(num_cpus=1, num_gpus=4, labels={DOMAIN_LABEL: domain})
+    cluster.connect()
+    try:
+        topology = found(ray.nodes())
+        base = run_config("rollout.workers=8", "cluster.placement=shared")
+        config = replace(base, trainer=replace(base.trainer, ranks=8, sequence_ranks=8))
+        layout = place(config, topology)
+        (planned,) = {topology.node(node).reach for node in layout.booking.nodes}
+        other = ray.util.placement_group([{"GPU": 1}], bundle_label_selector=[{DOMAIN_LABEL: planned}])
+        assert other.wait(30)
+
+        def settle(landed: Sequence[str]) -> Plan:
+            return assign(config, topology, layout.booking, landed)
+
+        ids = [node.id for node in topology.nodes]
+        with pytest.raises(UserError, match="8 GPUs were not free"):  # some hosts are not for this run
+            Placement(layout, seconds=3, settle=settle, hosts=ids[:-1])
+        booked = Placement(layout, seconds=60, settle=settle, hosts=ids)
+        where = [topology.node(str(actor.node)) for actor in booked.plan.of("trainer")]
+        assert len({node.reach for node in where}) == 1
+        assert where[0].reach != planned
+        assert len({node.id for node in where}) == 2
+        booked.release()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
