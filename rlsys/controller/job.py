@@ -144,6 +144,8 @@ class Job:
         """Opens the ledger, and what experience will come from."""
         ledger = Ledger(self.observers.folder.path / LEDGER, self.observers.display.note)
         self._open.callback(ledger.close)
+        if self.groups.fleets is not None:
+            self.groups.fleets.catch_up = self._catch_up
         if self.state.step or ledger.path.stat().st_size:
             ledger.resumed(self.state.step, self.state.lineage)
         self.source = make_source(
@@ -324,11 +326,14 @@ class Job:
         self.source.advance(self.version)
 
     def _catch_up(self, samplers: list[int]) -> None:
-        """Gives the present weights to samplers that were started anew."""
+        """Gives the present weights to samplers that were started anew; where they share their memory with the trainer,
+        to all of them."""
         assert self._weights is not None
-        assert self.groups.fleets is not None
-        self._metrics |= self._weights(self.version, only=samplers)
-        self.groups.fleets.rollout.current(samplers)
+        if self.groups.fleets is not None and self.groups.fleets.alone:
+            with self.turns.syncing():
+                self._weights(self.version)
+        else:
+            self._weights(self.version, only=samplers)
 
     @functools.cached_property
     def turns(self) -> Turns:
@@ -349,8 +354,9 @@ class Job:
             return
         with self._phase("eval"):
             self.turns.sampling()
+            groups = self.groups
             metrics, failures, rows = evaluate(
-                self.config, self.held_out, self.groups.rollout, self.groups.reward, self.stop
+                self.config, self.held_out, groups.rollout, groups.reward, self.stop, groups.fleets
             )
         self._record_failures(failures, rows, step=step)
         metrics |= self._held_out_pairs()
@@ -372,6 +378,9 @@ class Job:
         metrics |= {f"time/{name}_s": seconds for name, seconds in self._seconds.items()} | {"time/step_s": step_s}
         metrics["throughput/tokens_per_s"] = metrics["rollout/tokens"] / step_s
         metrics |= self._read_meters(metrics) | self.turns.metrics()
+        if self.groups.fleets is not None:
+            self.groups.fleets.step_done()
+            metrics |= self.groups.fleets.metrics()
         metrics |= {"version/lineage": self.state.lineage, "version/step": self.state.step}
         metrics["memory/pss_bytes"] = float(self.observers.memory.peak_bytes)
         raised = alerts.check(metrics, mismatch_alarm=self.config.rollout.mismatch_alarm)

@@ -173,6 +173,8 @@ def make_source(
         return StreamSource(stream)
 
     def collector(noted: Prompts) -> Collector:
-        return Collector(config, pools.rollout, pools.reward, pools.reference, noted, stop, check, recorded_rows)
+        return Collector(
+            config, pools.rollout, pools.reward, pools.reference, noted, stop, check, recorded_rows, pools.fleets
+        )
 
     return SyncSource(config, prompts, ledger, collector)

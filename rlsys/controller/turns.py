@@ -130,6 +130,8 @@ class Turns:
         self._trainer = "loaded" if optimizer else "weights"
 
     def _note(self, who: str, before: str, after: str, rests: list[Rest]) -> None:
+        if not rests:  # all of them are on their way back
+            return
         for name, used in (
             (before, max(rest.before for rest in rests)),
             (after, max(rest.after for rest in rests)),
