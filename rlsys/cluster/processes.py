@@ -100,7 +100,8 @@ def actor_table(handles: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     ids = {handle._actor_id.hex(): name for name, handle in handles.items() if hasattr(handle, "_actor_id")}
     if not ids:
         return {}
-    table = cluster_state.actor_table(None, job_id=ray.get_runtime_context().job_id)
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    table = cluster_state.actor_table(None, job_id=job)
     return {ids[actor]: entry for actor, entry in table.items() if actor in ids}
 
 

@@ -265,6 +265,7 @@ def _with_these_samplers(
             if not restarts.allow(ending.step):
                 return replace(ending, reason=str(error))
             actors.replace_trainers()
+        dog.write_roster()
         seconds = time.monotonic() - began
         text = f"trainers started again in {seconds:.1f} s; going on from step {origin.state.step}"
         fields = {"step": origin.state.step, "lineage": origin.state.lineage, "seconds": round(seconds, 3)}

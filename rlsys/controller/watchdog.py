@@ -82,6 +82,7 @@ class Watchdog:
         self._handles, self._local, self._also = handles, local, also
         self._alarm = Alarm(health.stall_s)
         self._known: dict[str, tuple[str, int]] = {}
+        self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self.stalled = ""
@@ -89,7 +90,7 @@ class Watchdog:
         self.stalled_actors: list[str] = []
 
     def start(self) -> None:
-        self._write_roster()
+        self.write_roster()
         self._thread.start()
 
     def close(self) -> None:
@@ -108,14 +109,16 @@ class Watchdog:
             if now >= roster:
                 roster = now + _ROSTER_S
                 with suppress(ray.exceptions.RayError, RuntimeError):  # the cluster is ending, and so are we
-                    self._write_roster()
+                    self.write_roster()
 
-    def _write_roster(self) -> None:
-        """``processes.json``, where anybody is another process than the last time."""
-        running = processes.alive(processes.actor_table(self._handles()))
-        if running != self._known or not (self._folder / processes.NAME).exists():
-            processes.write(self._folder, processes.of_run(running, local=self._local))
-            self._known = running
+    def write_roster(self) -> None:
+        """``processes.json``, where anybody is another process than the last time. Whoever replaces actors may call it;
+        the thread does so from time to time."""
+        with self._lock:
+            running = processes.alive(processes.actor_table(self._handles()))
+            if running != self._known or not (self._folder / processes.NAME).exists():
+                processes.write(self._folder, processes.of_run(running, local=self._local))
+                self._known = running
 
     def _report(self, wait: Wait, now: float) -> None:
         asked = wait.asked()

@@ -1,0 +1,32 @@
+"""Fixtures of the chaos suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chaos_runs import Chaos, ChaosRun
+from model_folders import make_model_folder
+
+
+@pytest.fixture(scope="session")
+def chaos_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model."""
+    return make_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def chaos(tmp_path_factory: pytest.TempPathFactory, chaos_model: Path) -> Iterator[Chaos]:
+    """``chaos(*overrides, **variables)`` starts a :class:`ChaosRun` of the tiny model; it ends with the module's tests
+    at the latest."""
+    made: list[ChaosRun] = []
+
+    def start(*overrides: str, **variables: str) -> ChaosRun:
+        run = ChaosRun(tmp_path_factory.mktemp("run"), f"model.path={chaos_model}", *overrides, **variables)
+        made.append(run)
+        return run
+
+    yield start
+    for run in made:
+        run.close()
