@@ -74,7 +74,7 @@ class SyncSource:
         self._prompts = _Noted(prompts, ledger, config.rollout.samples_per_prompt)
         self._collector = collector(self._prompts)
         self._state = prompts.state_dict()
-        self._taken: list[LedgerGroup] = []
+        self._kept: set[str] = set()
 
     def advance(self, version: WeightVersion) -> None:
         self._prompts.version = version
@@ -82,19 +82,16 @@ class SyncSource:
     def next(self, step: int) -> Collected:
         prompts = self._prompts.next_batch()
         experience, baselines, metrics = self._collector.step(prompts)
-        drawn = self._prompts.outstanding
-        kept = set(experience.rollout("uids"))
-        self._taken = [group for uid, group in drawn.items() if uid in kept]
-        self._ledger.received(list(drawn.values()))
-        filtered = [group for uid, group in drawn.items() if uid not in kept]
-        if filtered:
-            self._ledger.filtered(filtered, ", ".join(self._collector.config.algorithm.filters))
-        for group in filtered:
-            del drawn[group.uid]
+        self._ledger.received(list(self._prompts.outstanding.values()))
+        self._kept = set(experience.rollout("uids"))
         return Collected(experience, baselines, metrics)
 
     def trained(self, step: int, lineage: int) -> None:
-        self._ledger.trained(self._taken, step, lineage)
+        drawn = self._prompts.outstanding
+        # Only now: a step that is interrupted draws all of its prompts again.
+        if filtered := [group for uid, group in drawn.items() if uid not in self._kept]:
+            self._ledger.filtered(filtered, ", ".join(self._collector.config.algorithm.filters))
+        self._ledger.trained([group for uid, group in drawn.items() if uid in self._kept], step, lineage)
         self._prompts.outstanding.clear()
         self._state = self._source.state_dict()
 

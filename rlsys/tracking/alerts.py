@@ -22,10 +22,11 @@ def check(metrics: Mapping[str, float], *, mismatch_alarm: float) -> list[Alert]
     Args:
         metrics: of the step.
         mismatch_alarm: mean absolute log-prob difference between sampler and trainer above which samples count as
-            coming from another policy (config: ``rollout.mismatch_alarm``).
+            coming from another policy (config: ``rollout.mismatch_alarm``), where they are of the trainer's weights.
     """
     alerts = []
-    mismatch = metrics.get(MISMATCH)
+    # Of older samples it also has how far the weights have moved since, which is the controller's choice.
+    mismatch = None if metrics.get("rollout/staleness", 0.0) > 0 else metrics.get(MISMATCH)
     if mismatch is not None and not mismatch <= mismatch_alarm:  # NaN is an alarm too
         alerts.append(
             Alert(

@@ -9,7 +9,7 @@ import pytest
 from model_folders import make_model_folder
 from running import RunJob, job_process, only_run, read_jsonl, steps_of
 
-from rlsys.batch.versions import WeightVersion
+from rlsys.config.errors import UserError
 from rlsys.tracking.ledger import State, audit
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -62,7 +62,7 @@ def test_nothing_older_than_the_bound_is_trained(in_flight: str, run_job: RunJob
     for line in lines:
         assert line["async/staleness_max"] == line["rollout/staleness"]
         assert line["async/in_flight"] + line["async/ready"] <= bound * PROMPTS
-        assert line["reward/mean"] == line["reward/mean"]
+        assert line.get("alerts/mismatch", 0) == 0, "that weights have moved on is no fault of the sampler"
 
 
 def test_each_token_says_which_weights_sampled_it(run_job: RunJob, model: Path, tmp_path: Path) -> None:
@@ -70,9 +70,10 @@ def test_each_token_says_which_weights_sampled_it(run_job: RunJob, model: Path, 
     folder = only_run(tmp_path)
     for line in steps_of(folder):
         for row in read_jsonl(folder / "rollouts" / f"step-{int(line['step']):06d}.jsonl"):
-            versions = [WeightVersion.unpack(version) for version in row["versions"] if version >= 0]
-            assert versions == sorted(versions), "weights only get newer along a response"
-            assert all(line["step"] - 1 - 4 <= version.step <= line["step"] - 1 for version in versions)
+            steps = [span["step"] for span in row["weight_versions"]]
+            assert steps == sorted(set(steps)), "weights only get newer along a response"
+            assert all(line["step"] - 1 - 4 <= step <= line["step"] - 1 for step in steps)
+            assert sum(span["tokens"] for span in row["weight_versions"]) == len(row["response_ids"])
 
 
 def test_one_step_off_trains_what_was_sampled_during_the_step_before(
@@ -126,7 +127,5 @@ def test_an_interrupted_stream_goes_on_with_the_groups_that_it_left(
 def test_another_controller_does_not_go_on(run_job: RunJob, model: Path, tmp_path: Path) -> None:
     overrides = (*TINY, f"model.path={model}", "steps=1", "eval.every=0")
     assert run_job(tmp_path, "controller=async", *overrides) == 0
-    from rlsys.config.errors import UserError
-
     with pytest.raises(UserError, match="controller"):
         run_job(tmp_path, *overrides, "steps=2", "resume=auto")
