@@ -88,16 +88,14 @@ def _control(
     """A method that is answered however many ``generate`` calls wait to be begun. Ray gives the group a thread with an
     event loop of its own; the method runs in the loop that the engine lives in."""
 
-    @functools.wraps(method)
+    @functools.wraps(ray.method(concurrency_group="control")(method))  # Ray looks for its mark on what is wrapped
     async def at_home(self: RolloutWorker, *args: P.args, **kwargs: P.kwargs) -> T:
         home = self._home
         if home is None or home is asyncio.get_running_loop():
             return await method(self, *args, **kwargs)
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(method(self, *args, **kwargs), home))
 
-    answered: Callable[Concatenate[RolloutWorker, P], Coroutine[Any, Any, T]]
-    answered = ray.method(concurrency_group="control")(at_home)
-    return answered
+    return at_home
 
 
 class RolloutWorker(Metered, verbs=("generate",)):
