@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from rlsys.algorithms.advantages import estimate
@@ -25,8 +24,7 @@ from rlsys.algorithms.requirements import (
     penalises_kl,
     token_level,
 )
-from rlsys.batch import DataProto, jagged
-from rlsys.batch.balance import balanced_partitions
+from rlsys.batch import DataProto
 from rlsys.batch.versions import WeightVersion
 from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
@@ -36,6 +34,7 @@ from rlsys.controller import step_state
 from rlsys.controller.clock import RunClock
 from rlsys.controller.dead_channels import check_dead
 from rlsys.controller.metrics import combine_updates, experience_metrics, hint_metrics, mismatch_metrics
+from rlsys.controller.pair_scores import divided, scored_pairs
 from rlsys.controller.profile import Profile
 from rlsys.controller.sources import Source, make_source
 from rlsys.controller.stream import Pools
@@ -43,7 +42,7 @@ from rlsys.controller.turns import Turns, turns_of
 from rlsys.data.sampler import PromptStream
 from rlsys.engines.sync.verify import SyncError
 from rlsys.evals.heldout import evaluate
-from rlsys.replay.pairs import PairStream, reference_view, with_reference
+from rlsys.replay.pairs import PairStream
 from rlsys.rewards.budget import FailureBudget
 from rlsys.tracking import alerts
 from rlsys.tracking.collapse import CollapseMonitor
@@ -531,30 +530,11 @@ class Job:
         """The step's pairs from the file, with reference log-probs where the loss reads them: [rank][update] slices."""
         assert self.pairs is not None
         pairs = self._with_reference(self.pairs.next_batch())
-        ref = ray.put(pairs)
-        tokens = sum(jagged.lengths(pairs.batch[f"{side}_ids"]) for side in ("chosen", "rejected"))
-        ranks, updates = len(self.groups.trainer), self.config.trainer.updates_per_step
-        result: list[list[list[Slice]]] = [[] for _ in range(ranks)]
-        for members in np.array_split(np.arange(len(pairs)), updates):
-            parts = balanced_partitions([int(tokens[row]) for row in members], ranks)
-            for rank, part in enumerate(parts):
-                # A rank that is given none still gets their columns, with no rows.
-                result[rank].append([Slice((ref,), members[np.asarray(part, dtype=np.int64)])])
-        return result
+        return divided(pairs, ranks=len(self.groups.trainer), updates=self.config.trainer.updates_per_step)
 
     def _with_reference(self, pairs: DataProto) -> DataProto:
-        """Pairs with the columns ``…_ref_logprobs``, unless the loss does without."""
-        if not preference_reads_reference(self.config.algorithm.preference.loss):
-            return pairs
-        if adapts(self.config):
-            return self.groups.trainer.pair_reference(pairs)
-        if self.groups.reference is None:
-            return pairs
-        for side in ("chosen", "rejected"):
-            (column,), call = self.groups.reference.logprobs([ray.put(reference_view(pairs, side))])
-            gather([call], phase="reference", seconds=self.config.deadlines.reference, stop=self.stop)
-            pairs = with_reference(pairs, side, ray.get(column))
-        return pairs
+        groups = self.groups
+        return scored_pairs(pairs, self.config, groups.trainer, groups.reference, groups.fleets, self.stop)
 
     def _held_out_pairs(self) -> dict[str, float]:
         """Margin and accuracy on preference pairs that are never trained on."""

@@ -36,6 +36,7 @@ from rlsys.workers.fleet import Fleets
 from rlsys.workers.groups import ReferenceGroup, RewardGroup, RolloutGroup
 from rlsys.workers.reward import RewardSummary
 from rlsys.workers.rollout import Cancelled, RolloutSummary, SampleRequest
+from rlsys.workers.under_way import Wait, under_way
 from rlsys.workers.waits import ActorLost, Call, DeadlineExceeded, StopFlag, fetch
 
 _TICK_S = 0.2  # how often liveness and deadlines are looked at while nothing arrives
@@ -84,12 +85,12 @@ class Taken:
 
 @dataclass(frozen=True)
 class Pools:
-    """The actors that make experience, and who keeps them alive."""
+    """The actors that make experience, and who keeps them alive (None: nobody does)."""
 
     rollout: RolloutGroup
     reward: RewardGroup
     reference: ReferenceGroup | None
-    fleets: Fleets
+    fleets: Fleets | None = None
 
 
 @dataclass
@@ -126,6 +127,8 @@ class Stream:
         outstanding: Sequence[tuple[int, int, int]] = (),
         recorded_rows: int = 0,
     ):
+        assert pools.fleets is not None, "a stream gives work to those that its fleets say are alive"
+        self._fleets = pools.fleets
         self._config, self._pools, self._prompts, self._ledger, self._stop = config, pools, prompts, ledger, stop
         self._per_step = config.data.prompts_per_step
         ordered = isinstance(config.controller, OneStepOffController)
@@ -135,6 +138,8 @@ class Stream:
         self._unscored: list[str] = []
         self._unreferenced: list[str] = []
         self._calls: dict[ray.ObjectRef, tuple[Call, str, list[tuple[str, int]], float]] = {}
+        self._asked: dict[ray.ObjectRef, Call] = {}  # what a watchdog sees of them
+        self._wait: Wait | None = None
         self._ended: SimpleQueue[tuple[ray.ObjectRef, Future]] = SimpleQueue()
         self._changed = threading.Condition()
         self._since = _Since()
@@ -178,10 +183,14 @@ class Stream:
             StopRequested: ``stop`` was requested.
         """
         began = self._last_ready = time.monotonic()
+        with under_way("rollout", self._asked) as self._wait:
+            return self._take(step, began)
+
+    def _take(self, step: int, began: float) -> Taken:
         while True:
             # Here and not in the thread: the trainer's ranks must be asked by nobody else meanwhile.
-            if stale := self._pools.fleets.rollout.stale():
-                self._pools.fleets.catch_up(stale)
+            if stale := self._fleets.rollout.stale():
+                self._fleets.catch_up(stale)
             with self._changed:
                 if self._error is not None:
                     raise self._error
@@ -297,7 +306,7 @@ class Stream:
 
     def _look_after(self) -> None:
         """Liveness of the actors, and deadlines of what they were asked."""
-        for fleet in self._pools.fleets.present():
+        for fleet in self._fleets.present():
             fleet.poll()
         now, deadlines = time.monotonic(), self._config.deadlines
         for ref, (call, phase, members, since) in list(self._calls.items()):
@@ -305,14 +314,14 @@ class Stream:
             if now - since <= limit:
                 continue
             error = DeadlineExceeded(f"{call.actor} did not end {call.what} within deadlines.{phase}={limit:g} s")
-            del self._calls[ref]
+            self._no_longer(ref)
             self._lost(phase, call, members, error, straggler=True)
 
     def _hand_out(self) -> None:
         if self._unread_bytes() > self._room_bytes:
             self._since.counts["held back"] += 1
             return
-        free = dict.fromkeys(self._pools.fleets.rollout.ready(), _AT_ONCE)
+        free = dict.fromkeys(self._fleets.rollout.ready(), _AT_ONCE)
         if not free:
             return
         for key in self.buffer.within(State.IN_FLIGHT):
@@ -370,7 +379,7 @@ class Stream:
         """Hands sampled groups to the reward actor and the reference, a bounded number at a time."""
         busy = Counter(phase for _, phase, *_ in self._calls.values())
         step_rows = self._per_step * self._config.rollout.samples_per_prompt
-        while self._unscored and busy["reward"] < _SCORING and self._pools.fleets.reward.ready():
+        while self._unscored and busy["reward"] < _SCORING and self._fleets.reward.ready():
             keys, self._unscored = self._unscored[:_TOGETHER], self._unscored[_TOGETHER:]
             shards, wanted = [], []
             for key in keys:
@@ -382,7 +391,7 @@ class Stream:
             rewards, call = self._pools.reward.score(shards, record_rows=wanted, step_rows=step_rows, payload=None)
             self._follow(call, "reward", keys, payload=rewards)
             busy["reward"] += 1
-        fleet = self._pools.fleets.reference
+        fleet = self._fleets.reference
         while self._unreferenced and fleet is not None and busy["reference"] < _SCORING and fleet.ready():
             assert self._pools.reference is not None
             keys, self._unreferenced = self._unreferenced[:_TOGETHER], self._unreferenced[_TOGETHER:]
@@ -395,6 +404,7 @@ class Stream:
             call = replace(call, payload=payload)
         members = [(key, self.buffer[key].attempt) for key in keys]
         self._calls[call.ref] = (call, phase, members, time.monotonic())
+        self._asked[call.ref] = call
         call.ref.future().add_done_callback(partial(self._note, call.ref))
 
     def _note(self, ref: ray.ObjectRef, future: Future) -> None:
@@ -402,7 +412,7 @@ class Stream:
 
     def _take_in(self, ref: ray.ObjectRef, future: Future) -> None:
         """One call has ended."""
-        found = self._calls.pop(ref, None)
+        found = self._no_longer(ref)
         if found is None:
             return  # given up before
         call, phase, members, _ = found
@@ -422,6 +432,13 @@ class Stream:
             else:
                 self._work[key].reference = call.payload[index]
                 self._settle(key)
+
+    def _no_longer(self, ref: ray.ObjectRef) -> tuple[Call, str, list[tuple[str, int]], float] | None:
+        """The call is not waited for any more. Returns what was known of it."""
+        self._asked.pop(ref, None)
+        if self._wait is not None:
+            self._wait.answered()
+        return self._calls.pop(ref, None)
 
     def _raised(self, call: Call, phase: str, wanted: list[tuple[int, str]]) -> Any:
         """What a call that failed raises; None where nobody waits for it: it was cancelled."""
@@ -473,15 +490,15 @@ class Stream:
         """
         keys = [key for key, attempt in members if self.buffer.is_expected(key, attempt)]
         if phase == "rollout":
-            self._pools.fleets.rollout.reissued(len(keys))
+            self._fleets.rollout.reissued(len(keys))
             for key in keys:
                 self._since.counts["reissued"] += 1
                 self._reissue(key, str(error).splitlines()[0])
             if straggler:  # the sampler answers others; one that does not is found by its silence
                 return
-            self._pools.fleets.rollout.lost(call.index, error, life=call.life, phase=phase)
+            self._fleets.rollout.lost(call.index, error, life=call.life, phase=phase)
             return
-        fleet = self._pools.fleets.reward if phase == "reward" else self._pools.fleets.reference
+        fleet = self._fleets.reward if phase == "reward" else self._fleets.reference
         assert fleet is not None
         fleet.lost(call.index, error, life=call.life, phase=phase)
         waiting = self._unscored if phase == "reward" else self._unreferenced

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -19,6 +20,7 @@ from typing import Any
 import ray
 
 from rlsys.cluster import processes
+from rlsys.config.errors import UserError
 from rlsys.config.modes import HealthConfig
 from rlsys.tracking import stacks
 from rlsys.workers.under_way import Wait, waits
@@ -105,7 +107,10 @@ class Watchdog:
             now = time.monotonic()
             wait = self._alarm.check(waits(), now)
             if wait is not None:
-                self._report(wait, now)
+                try:
+                    self._report(wait, now)
+                except (OSError, UserError):  # nowhere to write: said on the terminal; the clock is still looked at
+                    traceback.print_exc()
             if now >= roster:
                 roster = now + _ROSTER_S
                 with suppress(ray.exceptions.RayError, RuntimeError):  # the cluster is ending, and so are we
