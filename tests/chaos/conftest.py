@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chaos_runs import Chaos, ChaosRun
+from chaos_runs import WHOLE, Chaos, ChaosRun
 from model_folders import make_model_folder
 
 
@@ -16,10 +16,10 @@ def chaos_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model_folder(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def chaos(tmp_path_factory: pytest.TempPathFactory, chaos_model: Path) -> Iterator[Chaos]:
-    """``chaos(*overrides, **variables)`` starts a :class:`ChaosRun` of the tiny model; it ends with the module's tests
-    at the latest."""
+    """``chaos(*overrides, **variables)`` starts a :class:`ChaosRun` of the tiny model; it ends with the tests at
+    the latest."""
     made: list[ChaosRun] = []
 
     def start(*overrides: str, **variables: str) -> ChaosRun:
@@ -30,3 +30,11 @@ def chaos(tmp_path_factory: pytest.TempPathFactory, chaos_model: Path) -> Iterat
     yield start
     for run in made:
         run.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(chaos: Chaos) -> Path:
+    """Folder of a run that nothing is done to: two trainer ranks, and so many steps."""
+    run = chaos(*WHOLE)
+    assert run.ends() == 0
+    return run.folder

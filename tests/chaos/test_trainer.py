@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from chaos_runs import Chaos, same_result, surviving
-from faults import LOSS, fault
+from chaos_runs import SAMPLES, STEPS, WHOLE, Chaos, same_result, surviving
+from faults import fault
 
 from rlsys.tracking.metrics import read_metrics
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-STEPS, GROUPS, SAMPLES = 4, 4, 16
-OVERRIDES = (f"steps={STEPS}", LOSS, "trainer.ranks=2")
 ENGINE = "rlsys.engines.train.engine:ShardedEngine"
 
 
@@ -37,13 +35,6 @@ PHASES = {
 QUICK = "weights handed out"
 
 
-@pytest.fixture(scope="module")
-def undisturbed(chaos: Chaos) -> Path:
-    run = chaos(*OVERRIDES)
-    assert run.ends() == 0
-    return run.folder
-
-
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name == QUICK else pytest.mark.slow) for name in PHASES]
 )
@@ -51,7 +42,7 @@ def test_a_rank_that_dies_changes_neither_the_result_nor_anybody_else(
     name: str, chaos: Chaos, undisturbed: Path, tmp_path: Path
 ) -> None:
     phase = PHASES[name]
-    run = chaos(*OVERRIDES, FAULT=fault(phase.target, phase.call, tmp_path / "died"))
+    run = chaos(*WHOLE, FAULT=fault(phase.target, phase.call, tmp_path / "died"))
     run.until(lambda: any(run.root.glob("runs/*/processes.json")), "the actors run")
     before = run.roster()
     assert run.ends() == 0
