@@ -143,7 +143,7 @@ def mean_tokens() -> float:
     return statistics.fmean(drawn_tokens(seed, MEAN_TOKENS) for seed in range(20_000))
 
 
-def group_of(cls: type, role: str, handles: list[Any], config: RunConfig, stop: StopFlag) -> Any:
+def group_of(cls: Any, role: str, handles: list[Any], config: RunConfig, stop: StopFlag) -> Any:
     group = cls.__new__(cls)
     group._deadlines, group._stop = config.deadlines, stop
     group._actors = [Actor(ActorSpec(role, index), handle) for index, handle in enumerate(handles)]
@@ -168,7 +168,7 @@ def measure(setting: Setting, mean_s: float, steps: int, folder: Path) -> dict[s
         rollout=group_of(RolloutGroup, "rollout", samplers, config, stop),
         reward=group_of(RewardGroup, "reward", [reward], config, stop),
         reference=None,
-        fleets=Fleets(Steady(setting.workers), Steady(1)),  # type: ignore[arg-type]
+        fleets=Fleets(Steady(setting.workers), Steady(1)),
     )
     display: Display = Silent()  # type: ignore[assignment]
     try:
@@ -179,7 +179,7 @@ def measure(setting: Setting, mean_s: float, steps: int, folder: Path) -> dict[s
                 groups=groups,
                 prompts=inputs.prompts,
                 held_out=None,
-                store=CheckpointStore(run.checkpoints, 1, 1),
+                store=CheckpointStore(run.checkpoints, 1, False),
                 observers=Observers(run, TrackerSet([], lambda _: None), display, MemoryMonitor(interval_s=3600)),
                 stop=stop,
                 state=ControllerState(step=0, lineage=0, data=inputs.prompts.state_dict()),
@@ -278,17 +278,17 @@ are lognormal (σ = 1) and cut at {CAP:.0f} × their mean.
 
 {table(found)}
 
-The aim at staleness ≤ 4 with training as long as sampling is {AIM:.0f} × sync, with {100 * UTILISATION:.0f} % of slots
-busy.
+The aim, where training takes as long as sampling and staleness ≤ 4: {AIM:.0f} × sync, {100 * UTILISATION:.0f} % of
+slots busy.
 
 What is real: the controller's loop, its sources and buffer, worker groups, Ray, the rollout workers with their
 environments and tickets, the ledger (whose audit found nothing lost, and nothing trained twice, in any of these runs).
 What is simulated: a sampler has {SLOTS} slots and batches continuously; a token takes {ALONE:g} of its time with one
 sequence under way and all of it with {SLOTS}. A mean response takes {mean_s:g} s with all slots full, and
-proportionally longer with more than 16 samplers, which share this machine's cores. The trainer waits; *training / sampling* is the time of its step in units of what a step's batch takes to be sampled with all
-slots full. *Batch, slots*: samples of a step, in slots of all samplers; groups have {GROUP} samples. An update of the
-weights holds each sampler up for {UPDATE_SHARE:g} of a mean response. More than {HOSTS} samplers share {HOSTS}
-processes.
+proportionally longer with more than 16 samplers, which share this machine's cores. The trainer waits; *training /
+sampling* is the time of its step in units of what a step's batch takes to be sampled with all slots full. *Batch,
+slots*: samples of a step, in slots of all samplers; groups have {GROUP} samples. An update of the weights holds each
+sampler up for {UPDATE_SHARE:g} of a mean response. More than {HOSTS} samplers share {HOSTS} processes.
 
 *Slots busy*: seconds in which a sequence was decoded, over seconds × slots × samplers; pauses for weights, waiting and
 empty slots all count against it. *Groups sampled again*: because they could no longer be trained within the bound.
