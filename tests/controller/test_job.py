@@ -106,7 +106,7 @@ def test_a_rank_without_pairs_has_their_columns(ray_cluster: None) -> None:
     job = make_job("trainer.updates_per_step=2")
     pairs = [Pair(f"p{i}", [5, 6], [7, 8, 1], [9, 1], f"pairs.jsonl:{i + 1}") for i in range(2)]
     job.pairs = PairStream(pairs, pairs_per_step=2, seed=0)
-    job.groups = SimpleNamespace(trainer=range(3), reference=None)  # type: ignore[assignment]
+    job.groups = SimpleNamespace(trainer=range(3), reference=None, fleets=None)  # type: ignore[assignment]
     samples = ray.put(random_batch(rows=4))
     found = []
     for rank, slices in enumerate(job._next_pairs()):
@@ -144,7 +144,9 @@ def observed(job: Job) -> Recorder:
 
 def test_a_trained_step_is_written_even_when_what_follows_it_is_interrupted() -> None:
     job = make_job(step=3)
-    nobody = SimpleNamespace(present=list, trainer=None, critic=None, rollout=None)  # no actors to be asked for figures
+    nobody = SimpleNamespace(
+        present=list, trainer=None, critic=None, rollout=None, fleets=None
+    )  # no actors to be asked for figures
     job.groups = nobody  # type: ignore[assignment]
     recorder = observed(job)
     job.begin_step()
