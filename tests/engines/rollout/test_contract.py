@@ -11,18 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from in_flight import assert_sampled_by, starts
 from model_folders import EOS, make_model, make_model_folder, make_tokenizer
 
 from rlsys.batch.versions import WeightVersion
 from rlsys.config.errors import UserError
 from rlsys.config.schema import TorchRollout, VllmRollout
 from rlsys.engines.rollout import RolloutEngine, start_engine
+from rlsys.engines.rollout.base import InFlight
 from rlsys.engines.sync.buckets import Bucket, pack
 from rlsys.engines.sync.checksum import weights_checksum
 from rlsys.engines.sync.verify import SyncError
 from rlsys.environments.base import Sample, SamplingParams
 
-MAX_LENGTH = 64
+MAX_LENGTH = 128
 SECOND_END = 20  # named in generation_config.json only
 FIRST = WeightVersion(0, 0)
 
@@ -65,7 +67,11 @@ def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, SECOND_END], **truncating}))
     if request.param == "vllm":
         pytest.importorskip("vllm")
-        config: Any = VllmRollout(engine="vllm", samples_per_prompt=2, kv_cache_gib=0.1)
+        # Small blocks, so that even these prompts are cached; 16 rows, so that calls wait for one.
+        args = {"block_size": 32}
+        config: Any = VllmRollout(
+            engine="vllm", samples_per_prompt=2, kv_cache_gib=0.1, max_concurrent=16, engine_args=args
+        )
     else:
         config = TorchRollout(engine="torch", samples_per_prompt=2, max_concurrent=16)
     with asyncio.Runner() as runner:
@@ -253,6 +259,75 @@ def test_no_sequence_is_sampled_with_two_sets_of_weights(sampler: Sampler) -> No
         (version,) = set(sample.versions)
         expected = reference_logprobs(weights[version], [3, 3 + i % 17], sample, 1.0)
         torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("in_flight", ["keep", "recompute"])
+def test_sequences_under_way_go_on_with_new_weights(sampler: Sampler, in_flight: InFlight) -> None:
+    """And no sequence that begins later, whether it had been asked for before or not, is served their prompts' cache:
+    keys and values of the old weights would show in its log-probs."""
+    engine, models = sampler.engine, {FIRST: MODEL}
+    prompts = [list(range(3, 51)), list(range(20, 60))]
+
+    def calls(seed: int, n: int) -> list[asyncio.Future[Sample]]:
+        params = [settings(seed=seed + i, max_tokens=70) for i in range(n)]
+        return [asyncio.ensure_future(engine.generate(prompts[i % 2], p)) for i, p in enumerate(params)]
+
+    async def play() -> tuple[list[Sample], list[Sample]]:
+        began = calls(0, 24)  # of which 16 are under way
+        late = []
+        for step in (1, 2):
+            target = engine.sampled_tokens() + 100
+            while engine.sampled_tokens() < target and not all(call.done() for call in began):
+                await asyncio.sleep(0)
+            version = WeightVersion(4, step)
+            models[version] = make_model(seed=step)
+            parcels = pack(models[version].named_parameters())
+            update = asyncio.ensure_future(engine.update_weights(parcels, version, in_flight))
+            await asyncio.sleep(0)
+            late += calls(100 * step, 6)
+            assert await update == weights_checksum(models[version].named_parameters())
+            late += calls(100 * step + 50, 6)
+        return await asyncio.gather(*began), await asyncio.gather(*late)
+
+    began, late = sampler.run(play())
+    for i, sample in enumerate([*began, *late]):
+        assert_sampled_by(models, prompts[i % 2], sample, in_flight)
+    assert max(len(starts(sample)) for sample in began) == 3
+    assert sum(len(starts(sample)) > 1 for sample in began) > 3
+    assert all(FIRST not in sample.versions for sample in late)
+    after = [s for s in (*began, *late) if s.versions[0] != FIRST and len(starts(s)) == 1]
+    assert len(after) > 6
+
+
+def test_what_is_cancelled_takes_no_room(sampler: Sampler) -> None:
+    """More calls than rows are given up, also while new weights come; the next ones have their place."""
+
+    async def play() -> list[Sample]:
+        for seed in (0, 100):
+            params = [settings(seed=seed + i, max_tokens=100) for i in range(40)]
+            doomed = [asyncio.ensure_future(sampler.engine.generate([3, 4], p)) for p in params]
+            target = sampler.engine.sampled_tokens() + 50
+            while sampler.engine.sampled_tokens() < target:
+                await asyncio.sleep(0)
+            if seed:
+                weights = pack(make_model(seed=3).named_parameters())
+                update = asyncio.ensure_future(sampler.engine.update_weights(weights, WeightVersion(5, 1), "keep"))
+                await asyncio.sleep(0)
+            for call in doomed:
+                call.cancel()
+            await asyncio.gather(*doomed, return_exceptions=True)
+        await update
+        params = [settings(seed=i, max_tokens=6) for i in range(20)]
+        return await asyncio.gather(*(sampler.engine.generate([3, 4], p) for p in params))
+
+    model = make_model(seed=3)
+    for sample in sampler.run(play()):
+        assert set(sample.versions) == {WeightVersion(5, 1)}
+        expected = reference_logprobs(model, [3, 4], sample, 1.0)
+        torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=1e-4, rtol=0)
+    before = sampler.engine.sampled_tokens()
+    tokens = len(sampler.one([3], seed=2).token_ids)
+    assert sampler.engine.sampled_tokens() == before + tokens
 
 
 def test_a_cancelled_call_disturbs_no_other(sampler: Sampler) -> None:
