@@ -69,9 +69,9 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def comparable(folder: Path) -> list[Line]:
-    """The run's metrics without those that measure the machine."""
+    """The run's metrics without those that measure the machine, and what it lost."""
     lines = read_metrics(folder / "metrics.jsonl")
-    measured = ("time/", "throughput/", "memory/", "share/", "idle/")
+    measured = ("time/", "throughput/", "memory/", "share/", "idle/", "fleet/")
     return [
         {
             name: value

@@ -249,8 +249,9 @@ class Fleet:
         if self._moved_off(index):
             return
         if health.restarts >= self._config.restarts:
+            times = "1 time" if not health.restarts else f"{health.restarts + 1} times"
             raise ActorLost(
-                f"{name} was lost {health.restarts + 1} times without a whole step in between, and health.restarts "
+                f"{name} was lost {times} without a whole step in between, and health.restarts "
                 f"allows {self._config.restarts}; the last time: {loss.error}"
             ) from loss.error
         self._health[index] = health.restart_begun()
