@@ -5,9 +5,10 @@
                   +-----------+-------+          drop: filtered, or failed for good
 
 The bound on staleness is kept by admission first. At most ``(max_staleness + 1) · groups_per_step`` groups are anywhere
-between hand-out and training. So one that is handed out while samplers have the weights of step v has fewer than that
-many before it, and in turn is trained at step v + max_staleness at the latest. Groups that end out of turn can be
-late; those are found by :meth:`expired`, and what is too old is never taken.
+between hand-out and training; so many fewer as the samplers' weights are steps behind the trainer's. So one that is
+handed out while samplers have the weights of step v has fewer than that many before it, and in turn is trained at step
+v + max_staleness at the latest. Groups that end out of turn can be late; those are found by :meth:`expired`, and what
+is too old is never taken.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class GroupBuffer:
     """
 
     def __init__(self, groups_per_step: int, max_staleness: int, *, ordered: bool = False):
-        self.version = 0
+        self.version = 0  # of the samplers' weights
+        self.step = 0  # of the trainer's
         self._per_step, self._bound, self._ordered = groups_per_step, max_staleness, ordered
         self._groups: dict[str, Group] = {}
         self._turns = 0
@@ -66,7 +68,8 @@ class GroupBuffer:
     @property
     def room(self) -> int:
         """How many more groups may be handed out now."""
-        return max(0, (self._bound + 1) * self._per_step - len(self._groups))
+        behind = max(0, self.step - self.version)
+        return max(0, (self._bound + 1 - behind) * self._per_step - len(self._groups))
 
     def hand_out(self, key: str, *, attempt: int = 0) -> Group:
         """A new group, sampled by the present weights or later ones."""

@@ -162,7 +162,8 @@ class Stream:
     def advance(self, version: WeightVersion) -> None:
         """Samplers have new weights. Groups that are too old for them are sampled anew; the first call begins all."""
         with self._changed:
-            self.buffer.version, self._version = version.step, version
+            self.buffer.version = self.buffer.step = version.step
+            self._version = version
             for key in self.buffer.expired(version.step):
                 self._since.counts["late"] += 1
                 self._reissue(key, "too late for the bound on staleness")
@@ -170,6 +171,8 @@ class Stream:
                 self._room_bytes = _STORE_SHARE * ray.cluster_resources().get("object_store_memory", float("inf"))
                 self._thread = threading.Thread(target=self._pump, name="stream", daemon=True)
                 self._thread.start()
+            else:
+                self._hand_out()  # at once: what is sampled while the next step is trained begins before it
 
     def take(self, step: int) -> Taken:
         """The groups of the next training step, as soon as there are enough.
@@ -210,6 +213,7 @@ class Stream:
             for key in keys:
                 self.buffer.trained(key)
                 del self._work[key]
+            self.buffer.step = step
 
     def checkpoint(self, step: int, lineage: int) -> tuple[dict[str, Any], list[list[int]]]:
         """What a run that is resumed from the checkpoint of ``step`` goes on from.
@@ -269,7 +273,7 @@ class Stream:
             "async/held_back": float(since.counts["held back"]),
         }
         if self._config.algorithm.filters:
-            metrics |= {f"filter/{name}_dropped": float(number) for name, number in since.filters.items()}
+            metrics |= {f"filter/{name}_dropped": float(since.filters[name]) for name in self._config.algorithm.filters}
             metrics |= {"filter/groups": float(len(keys)), "filter/generated": float(since.scored)}
         return Taken(Experience(shards, {"rollout": waited_s}), metrics, since.failures, since.scored)
 
@@ -463,7 +467,7 @@ class Stream:
         filters = self._config.algorithm.filters
         tired = since.counts["filtered"] >= self._per_step * (self._config.algorithm.max_refills + 1)
         if filters and not tired:
-            keep, counts = kept(filters, torch.from_numpy(summary.rewards), [key] * len(summary.rewards))
+            keep, counts = kept(filters, torch.tensor(summary.rewards), [key] * len(summary.rewards))
             if not keep[0]:
                 since.counts["filtered"] += 1
                 since.filters.update(counts)

@@ -99,7 +99,7 @@ class BufferMachine(RuleBasedStateMachine):
     def everything_ends(self) -> None:
         """Nothing is in the way of a step once nothing is under way."""
         self.hand_out(1.0)
-        for key in self.buffer.keys(State.IN_FLIGHT):
+        for key in self.buffer.within(State.IN_FLIGHT):
             self.buffer.ready(key)
         keys = self.buffer.take(self.step)
         assert keys is not None
@@ -108,9 +108,9 @@ class BufferMachine(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "buffer"))
     @invariant()
     def no_group_is_lost_or_admitted_too_many(self) -> None:
-        assert set(self.buffer.keys()) == set(self.attempts)
+        assert set(self.buffer.within()) == set(self.attempts)
         assert len(self.buffer) + self.buffer.room == (self.bound + 1) * self.per_step
-        assert set(self.buffer.keys(State.TAKEN)) == set(self.taken)
+        assert set(self.buffer.within(State.TAKEN)) == set(self.taken)
         assert all(self.buffer[key].attempt == attempt for key, attempt in self.attempts.items())
 
     @precondition(lambda self: hasattr(self, "buffer") and not self.partial)
@@ -139,7 +139,7 @@ class BufferMachine(RuleBasedStateMachine):
             assert self.buffer.reissue(key).version == self.step
 
     def _some(self, rng: random.Random, *states: State) -> list[Hashable]:
-        return [key for key in self.buffer.keys(*states) if rng.random() < 0.4]
+        return [key for key in self.buffer.within(*states) if rng.random() < 0.4]
 
 
 TestBuffer = BufferMachine.TestCase
@@ -153,12 +153,12 @@ def test_a_group_that_always_ends_last_is_trained_all_the_same(bound: int):
     buffer = GroupBuffer(per_step, bound)
     buffer.hand_out("slow")
     number, step = 0, 0
-    while "slow" in buffer.keys():  # noqa: SIM118 - it is no dict
+    while "slow" in buffer.within():
         assert step <= (PATIENCE + 1) * (bound + 1)
         while buffer.room:
             buffer.hand_out(number)
             number += 1
-        for key in buffer.keys(State.IN_FLIGHT):
+        for key in buffer.within(State.IN_FLIGHT):
             if key != "slow":
                 buffer.ready(key)
         keys = buffer.take(step)

@@ -10,7 +10,7 @@ from model_folders import make_model_folder
 from running import RunJob, job_process, only_run, read_jsonl, steps_of
 
 from rlsys.config.errors import UserError
-from rlsys.tracking.ledger import State, audit
+from rlsys.tracking.ledger import FILE_NAME, State, audit
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -82,7 +82,17 @@ def test_one_step_off_trains_what_was_sampled_during_the_step_before(
     assert run_job(tmp_path, "controller=one_step_off", *TINY, f"model.path={model}") == 0
     folder = only_run(tmp_path)
     trained_whole(folder)
-    assert [line["async/staleness_mean"] for line in steps_of(folder)] == [0.0] + [1.0] * (STEPS - 1)
+    assert all(line["rollout/staleness"] <= 1 for line in steps_of(folder))
+    handed_out = {
+        uid: line["version"][1]
+        for line in read_jsonl(folder / FILE_NAME)
+        if line["event"] == "issued"
+        for uid, *_ in line["groups"]
+    }
+    for line in read_jsonl(folder / FILE_NAME):
+        if line["event"] == "trained":
+            versions = {handed_out[uid] for uid, *_ in line["groups"]}
+            assert versions == {max(line["step"] - 2, 0)}, "the weights before those that the step began with"
 
 
 def test_without_staleness_every_step_is_on_policy(run_job: RunJob, model: Path, tmp_path: Path) -> None:
