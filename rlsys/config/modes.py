@@ -53,7 +53,8 @@ class HealthConfig:
     """Who counts as alive.
 
     liveness_s: an actor that does not answer a short question for so long is ended, and another one takes its place.
-    restarts: of rollout, reward and reference actors, and of the trainers together, without a whole step in between.
+    restarts: of any one rollout, reward or reference actor, and of the trainers together, without a whole step in
+        between.
     stall_s: a wait as long as this writes the stacks of all actors into the run folder.
     on_stall: then ``warn`` alone, or also ``stop`` the run.
     """

@@ -121,7 +121,7 @@ class Group:
         before = self.at(index)
         return self._begun(self._made(before.spec, before.life + 1))
 
-    def join(self, spec: ActorSpec) -> Call:
+    def enrol(self, spec: ActorSpec) -> Call:
         """One more actor, while the others work. The call ends when it has started.
 
         Args:

@@ -195,7 +195,7 @@ def collect(
     for stage, work, call, answer in answers([sampling, scoring, referring], fleets, stop, samplers=sampling):
         last[stage.phase] = time.monotonic()
         if stage is scoring:
-            scores |= {i: found for i, *found in zip(work, call.payload, answer, strict=True)}  # type: ignore[misc]
+            scores |= {i: found for i, *found in zip(work, call.payload, answer, strict=True)}
         elif stage is referring:
             logprobs |= dict(zip(work, call.payload, strict=True))
         else:
@@ -215,7 +215,8 @@ def collect(
 
 def _stage_seconds(began: float, last: dict[str, float]) -> dict[str, float]:
     """How long the last answer of each stage came after the last of the stages before. last: when that was."""
-    seconds, before = {}, began
+    seconds: dict[str, float] = {}
+    before = began
     for stage in ("rollout", "reward", "reference"):
         if stage in last:
             seconds[stage] = max(last[stage] - before, 0.0)

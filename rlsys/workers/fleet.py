@@ -199,7 +199,7 @@ class Fleet:
         """One more actor; it is given work when it has started and, of samplers, has the current weights."""
         with self._lock:
             self._health[spec.index] = Health.joining(holds_weights=self._holds_weights, wanted=self._version)
-            self._starting(spec.index, self._group.join(spec))
+            self._starting(spec.index, self._group.enrol(spec))
             self._report("joined", f"{spec.name} is starting", actor=spec.name)
 
     def leave(self, index: int, *, finish: bool = True) -> None:
@@ -415,5 +415,5 @@ class Fleets:
         """``fleet/…``, over all of them."""
         total: Counter[str] = Counter()
         for fleet in self.present():
-            total.update(fleet.metrics())  # type: ignore[arg-type] # a Counter of floats
+            total.update(fleet.metrics())
         return {f"fleet/{name}": float(number) for name, number in total.items()}

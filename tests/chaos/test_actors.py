@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from chaos_runs import Chaos, ChaosRun, same_result, surviving
 from faults import fault
@@ -136,4 +137,20 @@ def test_an_actor_that_dies_again_and_again_ends_the_run_with_its_last_checkpoin
     for words in ("reward worker 0 was lost 1 time ", "health.restarts allows 0", "the last time: reward worker 0"):
         assert words in said
     assert "resume=auto" in run.said.read_text()
+    assert run.left() == []
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_the_engine_of_a_killed_vllm_sampler_ends_with_it(chaos: Chaos) -> None:
+    run = chaos("steps=6", "rollout=vllm", "rollout.workers=1", "rollout.kv_cache_gib=0.1")
+    run.until_step(1)
+    pid = run.roster()["rollout_0"]
+    below = psutil.Process(pid).children(recursive=True)
+    os.kill(pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(below, timeout=60)
+    assert alive == []
+    assert run.ends() == 0
+    assert [event["actor"] for event in run.events("restarted")] == ["rollout worker 0"]
+    assert len(surviving(run.folder).trained_ids) == 6 * SAMPLES
     assert run.left() == []

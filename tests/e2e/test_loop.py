@@ -147,6 +147,7 @@ def test_a_sampler_that_does_not_answer_ends_the_run_at_its_last_whole_step(run_
         f"model.path={model}",
         "rollout.environment=plugins_for_runs.Stuck",
         "deadlines.rollout=8",
+        "health.restarts=0",
     )
     assert done == 1
     folder = only_run(tmp_path)

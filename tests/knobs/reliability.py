@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from rlsys.config.errors import UserError
 from rlsys.controller.sources import Source, StreamSource, SyncSource, make_source
 from rlsys.controller.stream import Pools
 from rlsys.tracking.ledger import Ledger
-from rlsys.workers.waits import StopFlag
+from rlsys.workers.fleet import Fleet
+from rlsys.workers.waits import ActorLost, Call, StopFlag
 
 CORRECTED = "algorithm.loss=decoupled_ppo"
 
@@ -62,3 +65,56 @@ def uncorrected(bench: Bench) -> None:
     with pytest.raises(UserError, match="nothing corrects"):
         bench.config("controller=async")
     assert bench.config("controller=async", "controller.uncorrected=true")
+
+
+class _Pinged:
+    """Stands for a group of one actor that never answers: what a fleet asks of it is recorded."""
+
+    role = "reward"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.spec = SimpleNamespace(name="reward worker 0", node=None, gpus=0.0)
+
+    def __len__(self) -> int:
+        return 1
+
+    def watched_by(self, _: Any) -> None:
+        """By whom does not matter."""
+
+    def at(self, _: int) -> Any:
+        return self
+
+    def ping(self, _: int) -> Call:
+        return self._noted("ping")
+
+    def restart(self, _: int) -> Call:
+        return self._noted("restart")
+
+    def kill(self, _: int) -> None:
+        self.asked.append("kill")
+
+    def _noted(self, what: str) -> Call:
+        self.asked.append(what)
+        never: Any = SimpleNamespace(future=Future)
+        return Call(never, "reward worker 0", what)
+
+
+@entry("health.liveness_s", "health.restarts")
+def fleet(bench: Bench) -> None:
+    def after(seconds: int, *overrides: str) -> list[str]:
+        """What was asked of a silent actor in so many seconds, looked at every second."""
+        group: Any = _Pinged()
+        now = [0.0]
+        watched = Fleet(
+            group, bench.config(*overrides).health, lambda *_, **__: None, start_s=1e9, clock=lambda: now[0]
+        )
+        for second in range(seconds + 1):
+            now[0] = float(second)
+            watched.poll()
+        return group.asked
+
+    assert after(60, "health.liveness_s=8") == ["ping", "kill", "restart"]
+    assert after(30, "health.liveness_s=40") == ["ping"]
+    with pytest.raises(ActorLost, match="allows 0"):
+        after(60, "health.liveness_s=8", "health.restarts=0")
