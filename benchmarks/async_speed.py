@@ -34,13 +34,13 @@ from rlsys.config.schema import RunConfig
 from rlsys.controller.inputs import check_inputs
 from rlsys.controller.job import Groups, Job, Observers
 from rlsys.controller.loop import train
-from rlsys.controller.stream import Fleets
 from rlsys.tracking.display import Display
 from rlsys.tracking.ledger import audit
 from rlsys.tracking.memory import MemoryMonitor
 from rlsys.tracking.run import RunFolder
 from rlsys.tracking.trackers import TrackerSet
 from rlsys.workers.actors import Actor
+from rlsys.workers.fleet import Fleets
 from rlsys.workers.groups import RewardGroup, RolloutGroup, TrainerGroup
 from rlsys.workers.waits import StopFlag
 from rlsys.workers.weights import SentWeights
@@ -97,6 +97,11 @@ class Steady:
 
     def __getattr__(self, _: str) -> Any:
         return lambda *_, **__: []
+
+
+def still(samplers: int) -> Fleets:
+    fleets: Any = (Steady(samplers), Steady(1))
+    return Fleets(*fleets)
 
 
 class SimulatedJob(Job):
@@ -168,7 +173,7 @@ def measure(setting: Setting, mean_s: float, steps: int, folder: Path) -> dict[s
         rollout=group_of(RolloutGroup, "rollout", samplers, config, stop),
         reward=group_of(RewardGroup, "reward", [reward], config, stop),
         reference=None,
-        fleets=Fleets(Steady(setting.workers), Steady(1)),
+        fleets=still(setting.workers),
     )
     display: Display = Silent()  # type: ignore[assignment]
     try:
