@@ -21,13 +21,14 @@ from rlsys.config.compose import explain, open_overrides, overridden_keys, regis
 from rlsys.config.errors import JobFailed, UserError
 from rlsys.config.ignored import refuse_ignored
 from rlsys.config.schema import RunConfig
+from rlsys.tracking.secrets import mask_text
 
 FAILED, EXIT_BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def show_error(error: UserError) -> None:
     """One short block on standard error; no traceback, which would say nothing to the one who mistyped a key."""
-    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), mask_text(str(error))), soft_wrap=True)
 
 
 def submitted(config: RunConfig, overrides: Sequence[str], *, profile: bool) -> int:

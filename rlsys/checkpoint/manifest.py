@@ -12,6 +12,7 @@ from typing import Any
 import rlsys
 from rlsys.checkpoint.atomic import fsync, write_json
 from rlsys.config.errors import UserError
+from rlsys.config.paths import inside
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -100,7 +101,8 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         UserError: naming every file that is missing, truncated or edited, with what was expected and found.
     """
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        findings = pool.map(lambda item: _fault(folder / item[0], *item), manifest.files.items())
+        paths = {name: inside(folder, name, where=str(folder / NAME)) for name in manifest.files}
+        findings = pool.map(lambda item: _fault(paths[item[0]], *item), manifest.files.items())
         faults = [fault for fault in findings if fault]
     if faults:
         raise UserError(

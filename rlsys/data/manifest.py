@@ -16,6 +16,7 @@ from typing import Any
 from rlsys.checkpoint.atomic import write_json
 from rlsys.checkpoint.manifest import FileRecord
 from rlsys.config.errors import UserError
+from rlsys.config.paths import inside
 
 NAME = "data-manifest.json"
 FORMAT = 1
@@ -95,10 +96,11 @@ def differences(folder: Path, manifest: DataManifest, names: Iterable[str] | Non
     found = []
     for name in sorted(manifest.files if names is None else set(names) & set(manifest.files)):
         stated = manifest.files[name]
-        if not (folder / name).is_file():
+        path = inside(folder, name, where=str(folder / NAME))
+        if not path.is_file():
             found.append(f"{name} is missing")
             continue
-        now = _record(folder / name)
+        now = _record(path)
         if now["bytes"] != stated.bytes:
             found.append(f"{name} has {now['bytes']:,} bytes, and the manifest says {stated.bytes:,}")
         elif now["sha256"] != stated.sha256:

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
+from rlsys.tracking import stacks
+
 if TYPE_CHECKING:  # it imports torch.profiler
     from rlsys.tracking.ops import Op, OpsRecorder
 
@@ -107,6 +109,11 @@ class Metered:
             setattr(cls, verb, _measured(getattr(cls, verb)))
 
     _recorder: OpsRecorder
+
+    def __new__(cls, *_: Any, **__: Any) -> Metered:
+        """Whoever is measured can also be asked where it is, by a signal, when it answers nothing else."""
+        stacks.answer_signal()
+        return super().__new__(cls)
 
     @functools.cached_property
     def meter(self) -> Meter:

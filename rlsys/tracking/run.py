@@ -132,11 +132,11 @@ class RunFolder:
     def log_event(self, kind: str, text: str, **fields: Any) -> None:
         """Appends to ``events.jsonl``: what happened, in one sentence, and its JSON fields."""
         time_now = datetime.now().astimezone().isoformat(timespec="seconds")
-        self._append("events.jsonl", {"time": time_now, "kind": kind, "text": text, **fields})
+        self._append("events.jsonl", mask({"time": time_now, "kind": kind, "text": text, **fields}))
 
     def log_failure(self, failure: Mapping[str, Any]) -> None:
         """Appends to ``failures.jsonl``: a reward that raised or timed out, with the row it was given."""
-        self._append("failures.jsonl", dict(failure))
+        self._append("failures.jsonl", mask(dict(failure)))
 
     def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
         """Writes ``rollouts/step-000012.jsonl`` in one go, over those of an abandoned lineage."""
