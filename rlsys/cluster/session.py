@@ -5,16 +5,19 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import secrets
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import ray
 from ray._private.state import available_resources_per_node
+from ray._raylet import Config
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -26,6 +29,8 @@ from rlsys.config.clusters import ClusterConfig, Gb10, address_of
 from rlsys.config.errors import UserError
 
 _CONNECT_S = 30
+_AUTH_MODE = "RAY_AUTH_MODE"
+_TOKEN_GIVEN = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _LOOK_S = 120  # a host starts a first process for it, and reads its packages from a slow disk
 INLINE_BYTES = 16 << 10
 """Larger answers stay in the object store. Ray's own limit of 100 KiB would keep shards of a few samples in the
@@ -113,6 +118,7 @@ def connect(config: ClusterConfig, *, weights_bytes: int = 0) -> Iterator[Sessio
         if isinstance(config, Gb10) or this_host().unified:
             # It takes the GPU's memory for the host's, and kills for it.
             os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+        own_token()
     try:
         if address is not None:
             probe(address)
@@ -140,6 +146,34 @@ def connect(config: ClusterConfig, *, weights_bytes: int = 0) -> Iterator[Sessio
         yield Session(topology, local, logs, _environments(topology))
     finally:
         ray.shutdown()
+
+
+def own_token() -> None:
+    """A cluster of the run's own asks for Ray's token, whatever the environment says: who may connect to it may run
+    code. The token is made where there is none, and no other user of this machine may read it.
+
+    Raises:
+        UserError: it can be neither made nor made private.
+    """
+    os.environ[_AUTH_MODE] = "token"
+    Config.initialize("")  # Ray has read the variable already
+    if any(os.environ.get(name) for name in _TOKEN_GIVEN):
+        return  # where it comes from is the user's business
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w", encoding="ascii") as file:
+                file.write(secrets.token_hex(32))
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+    except OSError as error:
+        raise UserError(
+            f"Ray's token cannot be kept to this user: {error}",
+            where=str(path),
+            fix="set RAY_AUTH_TOKEN_PATH to a file of this user's that holds one (`ray get-auth-token --generate`)",
+        ) from error
 
 
 def _environments(topology: Topology) -> dict[str, dict[str, str]]:

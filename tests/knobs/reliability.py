@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from knobs.table import Actors, Bench, entry
+from rlsys.cluster import processes
 from rlsys.config.errors import UserError
+from rlsys.controller import watchdog
+from rlsys.controller.clock import TimeIsUp
 from rlsys.controller.sources import Source, StreamSource, SyncSource, make_source
 from rlsys.controller.stream import Pools
 from rlsys.tracking.ledger import Ledger
 from rlsys.workers.fleet import Fleet
+from rlsys.workers.under_way import under_way
 from rlsys.workers.waits import ActorLost, Call, StopFlag
 
 CORRECTED = "algorithm.loss=decoupled_ppo"
@@ -118,3 +124,55 @@ def fleet(bench: Bench) -> None:
     assert after(30, "health.liveness_s=40") == ["ping"]
     with pytest.raises(ActorLost, match="allows 0"):
         after(60, "health.liveness_s=8", "health.restarts=0")
+
+
+# --- the clock ---
+
+
+@entry("time_limit_minutes", "checkpoint.every_minutes")
+def clock(bench: Bench) -> None:
+    with bench.job() as job:
+        job.begin_step()
+        assert not job.clock.checkpoint_due()
+    with bench.job("time_limit_minutes=0.001") as job, pytest.raises(TimeIsUp):
+        job.begin_step()
+    with bench.job("checkpoint.every_minutes=0.001", "checkpoint.every=1000") as job:
+        written: list[int] = []
+        bench.monkeypatch.setattr(job, "checkpoint", lambda: written.append(job.state.step))
+        job.state = replace(job.state, step=7)
+        job.checkpoint_if_due()
+        assert written == []
+        time.sleep(0.1)
+        job.checkpoint_if_due()
+        assert written == [7]
+
+
+# --- health ---
+
+
+def stalled(bench: Bench, *overrides: str) -> tuple[list[str], bool]:
+    """What is said about a wait of a second without an answer, and whether the run is asked to stop."""
+    said: list[str] = []
+    stop = StopFlag()
+    bench.monkeypatch.setattr(processes, "of_run", lambda *_, **__: [])
+    bench.monkeypatch.setattr(watchdog.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+    health = bench.config(*overrides).health
+    dog = watchdog.Watchdog(bench.tmp, health, lambda text, **_: said.append(text), stop, dict, local=True)
+    pending: Any = {"call": SimpleNamespace(actor="reward worker 0", what="64 rewards")}
+    with under_way("reward", pending):
+        dog.start()
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and not said and health.stall_s < 1:
+            time.sleep(0.05)
+        dog.close()
+    return said, stop.requested_at is not None
+
+
+@entry("health.stall_s", "health.on_stall")
+def stall(bench: Bench) -> None:
+    said, stopped = stalled(bench, "health.stall_s=0.1")
+    assert "waiting for reward worker 0 (64 rewards)" in said[0]
+    assert not stopped
+    assert list((bench.tmp / "stalls").glob("*/driver.txt"))
+    assert stalled(bench, "health.stall_s=0.1", "health.on_stall=stop")[1]
+    assert stalled(bench, "health.stall_s=60") == ([], False)
