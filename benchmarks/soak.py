@@ -16,12 +16,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import grpc
 import matplotlib as mpl
 import numpy as np
 import psutil
@@ -108,22 +109,32 @@ def actors(processes: Sequence[psutil.Process], role: str) -> list[psutil.Proces
     return [p for p in processes if re.match(rf"ray::{ROLES[role]}\b", command_of(p))]
 
 
-def object_store_bytes(processes: Sequence[psutil.Process]) -> int:
-    """Used by all nodes of the run's own cluster, as its raylets say."""
-    from ray._private.internal_api import node_stats
+class ObjectStore:
+    """Of the run's own Ray cluster."""
 
-    used = 0
-    for process in processes:
-        command = command_of(process)
-        if "raylet/raylet" not in command:
-            continue
-        port, host = (re.search(rf"--{name}=(\S+)", command) for name in ("node_manager_port", "node_ip_address"))
-        if port and host:
-            used += node_stats(host[1], int(port[1]), include_memory_info=False).store_stats.object_store_bytes_used
-    return used
+    def __init__(self) -> None:
+        self._nodes: list[tuple[str, int]] = []
+
+    def used(self, processes: Sequence[psutil.Process]) -> int:
+        """Bytes of all nodes, as their raylets say.
+
+        Raises:
+            grpc.RpcError: the cluster is gone.
+        """
+        from ray._private.internal_api import get_state_from_address, node_stats
+
+        if not self._nodes:
+            commands = "\n".join(command_of(process) for process in processes)
+            address = re.search(r"--gcs-address=(\S+)", commands)
+            if address is None:
+                return 0
+            table = get_state_from_address(address[1]).node_table()
+            self._nodes = [(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in table]
+        stats = [node_stats(host, port, include_memory_info=False).store_stats for host, port in self._nodes]
+        return sum(found.object_store_bytes_used for found in stats)
 
 
-def look(driver: psutil.Process, seconds: float, step: int) -> Look:
+def look(driver: psutil.Process, store: ObjectStore, seconds: float, step: int) -> Look:
     processes = family(driver)
     handles = 0
     for process in processes:
@@ -131,7 +142,7 @@ def look(driver: psutil.Process, seconds: float, step: int) -> Look:
             handles += process.num_fds()
     memory = sum(pss_bytes(process.pid) for process in processes)
     own = pss_bytes(driver.pid)
-    return Look(seconds, step, memory, own, handles, len(processes), object_store_bytes(processes))
+    return Look(seconds, step, memory, own, handles, len(processes), store.used(processes))
 
 
 def step_of(folder: Path) -> int:
@@ -153,13 +164,13 @@ def soak(steps: int, kill_every: int, seed: int, folder: Path) -> tuple[list[Loo
     looks: list[Look] = []
     kills: list[Kill] = []
     due = kill_every
-    with log.open("w") as output:
-        run = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        driver, began = psutil.Process(run.pid), time.monotonic()
+    with log.open("w") as output, started(command, output) as run:
+        driver, began, store = psutil.Process(run.pid), time.monotonic(), ObjectStore()
         while run.poll() is None:
             step, seconds = step_of(folder), time.monotonic() - began
             if step:
-                looks.append(look(driver, seconds, step))
+                with suppress(grpc.RpcError):  # it is ending
+                    looks.append(look(driver, store, seconds, step))
             if due <= step < steps - 5:
                 time.sleep(chooser.random())  # anywhere in a step
                 role = list(ROLES)[len(kills) % len(ROLES)]
@@ -171,6 +182,18 @@ def soak(steps: int, kill_every: int, seed: int, folder: Path) -> tuple[list[Loo
                     sys.stderr.write(f"step {step}: {role} killed\n")
             time.sleep(_LOOK_S)
     return looks, kills, run.returncode, log.read_text()[-3000:]
+
+
+@contextmanager
+def started(command: list[str], output: TextIO) -> Iterator[subprocess.Popen]:
+    """A process that does not outlive this one's interest in it."""
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
 
 
 def slope(looks: Sequence[Look], name: str) -> Slope:
