@@ -49,7 +49,10 @@ def trained_whole(folder: Path, steps: int = STEPS) -> None:
     assert len(found.trained_ids) == steps * PROMPTS * SAMPLES
 
 
-@pytest.mark.parametrize("in_flight", ["finish", "keep", "recompute"])
+@pytest.mark.parametrize(
+    "in_flight",
+    ["keep", pytest.param("finish", marks=pytest.mark.slow), pytest.param("recompute", marks=pytest.mark.slow)],
+)
 def test_nothing_older_than_the_bound_is_trained(in_flight: str, run_job: RunJob, model: Path, tmp_path: Path) -> None:
     bound = 2
     overrides = (f"controller.max_staleness={bound}", f"controller.in_flight={in_flight}", f"model.path={model}")
@@ -65,6 +68,7 @@ def test_nothing_older_than_the_bound_is_trained(in_flight: str, run_job: RunJob
         assert line.get("alerts/mismatch", 0) == 0, "that weights have moved on is no fault of the sampler"
 
 
+@pytest.mark.slow
 def test_each_token_says_which_weights_sampled_it(run_job: RunJob, model: Path, tmp_path: Path) -> None:
     assert run_job(tmp_path, "controller=async", *TINY, f"model.path={model}") == 0
     folder = only_run(tmp_path)
@@ -76,6 +80,7 @@ def test_each_token_says_which_weights_sampled_it(run_job: RunJob, model: Path, 
             assert sum(span["tokens"] for span in row["weight_versions"]) == len(row["response_ids"])
 
 
+@pytest.mark.slow
 def test_one_step_off_trains_what_was_sampled_during_the_step_before(
     run_job: RunJob, model: Path, tmp_path: Path
 ) -> None:
@@ -95,6 +100,7 @@ def test_one_step_off_trains_what_was_sampled_during_the_step_before(
             assert versions == {max(line["step"] - 2, 0)}, "the weights before those that the step began with"
 
 
+@pytest.mark.slow
 def test_without_staleness_every_step_is_on_policy(run_job: RunJob, model: Path, tmp_path: Path) -> None:
     overrides = ("controller=async", "controller.max_staleness=0", f"model.path={model}")
     assert run_job(tmp_path, *TINY, "algorithm.loss=ppo_clip", *overrides) == 0
@@ -104,6 +110,7 @@ def test_without_staleness_every_step_is_on_policy(run_job: RunJob, model: Path,
     assert all(line["mismatch/logprob_abs_mean"] <= 1e-4 for line in steps_of(folder))
 
 
+@pytest.mark.slow
 def test_filters_replace_groups_and_a_reference_is_asked(run_job: RunJob, model: Path, tmp_path: Path) -> None:
     overrides = (
         "controller=async",
@@ -134,6 +141,7 @@ def test_an_interrupted_stream_goes_on_with_the_groups_that_it_left(
     assert audit(folder).resumes == 1
 
 
+@pytest.mark.slow
 def test_another_controller_does_not_go_on(run_job: RunJob, model: Path, tmp_path: Path) -> None:
     overrides = (*TINY, f"model.path={model}", "steps=1", "eval.every=0")
     assert run_job(tmp_path, "controller=async", *overrides) == 0
