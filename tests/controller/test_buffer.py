@@ -62,7 +62,7 @@ class BufferMachine(RuleBasedStateMachine):
             self.buffer.drop(key)
             del self.attempts[key]
 
-    @precondition(lambda self: not self.taken)
+    @precondition(lambda self: not self.taken and self.buffer.version == self.step)
     @rule(count=st.integers(1, 4))
     def take(self, count: int) -> None:
         count = min(count, self.per_step) if self.partial else self.per_step
@@ -73,12 +73,18 @@ class BufferMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.taken)
     @rule()
     def train(self) -> None:
+        """The trainer has new weights; samplers still have the old ones."""
         for key in self.taken:
             self.buffer.trained(key)
             self.trained.add(key)
             del self.attempts[key]
         self.taken = []
         self.step += 1
+        self.buffer.step = self.step
+
+    @precondition(lambda self: self.buffer.version < self.step)
+    @rule()
+    def sync(self) -> None:
         self.buffer.version = self.step
         self._reissue(self.buffer.expired(self.step))
         assert not any(self._age(key) > self.bound for key in self.attempts)
@@ -88,13 +94,13 @@ class BufferMachine(RuleBasedStateMachine):
     def resume(self) -> None:
         """Another process goes on: what was outstanding is handed out again first."""
         self.buffer = GroupBuffer(self.per_step, self.bound, ordered=self.ordered)
-        self.buffer.version = self.step
+        self.buffer.version = self.buffer.step = self.step
         for key, attempt in self.attempts.items():
             self.given_up.append((key, attempt))
             self.attempts[key] = attempt + 1
             self.buffer.hand_out(key, attempt=attempt + 1)
 
-    @precondition(lambda self: not self.taken)
+    @precondition(lambda self: not self.taken and self.buffer.version == self.step)
     @rule()
     def everything_ends(self) -> None:
         """Nothing is in the way of a step once nothing is under way."""
@@ -109,7 +115,9 @@ class BufferMachine(RuleBasedStateMachine):
     @invariant()
     def no_group_is_lost_or_admitted_too_many(self) -> None:
         assert set(self.buffer.within()) == set(self.attempts)
-        assert len(self.buffer) + self.buffer.room == (self.bound + 1) * self.per_step
+        steps_left = self.bound + 1 - (self.step - self.buffer.version)
+        assert self.buffer.room == max(0, steps_left * self.per_step - len(self.buffer))
+        assert len(self.buffer) <= (self.bound + 1) * self.per_step
         assert set(self.buffer.within(State.TAKEN)) == set(self.taken)
         assert all(self.buffer[key].attempt == attempt for key, attempt in self.attempts.items())
 
@@ -136,7 +144,7 @@ class BufferMachine(RuleBasedStateMachine):
         for key in keys:
             self.given_up.append((key, self.attempts[key]))
             self.attempts[key] += 1
-            assert self.buffer.reissue(key).version == self.step
+            assert self.buffer.reissue(key).version == self.buffer.version
 
     def _some(self, rng: random.Random, *states: State) -> list[Hashable]:
         return [key for key in self.buffer.within(*states) if rng.random() < 0.4]
