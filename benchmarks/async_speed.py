@@ -198,7 +198,7 @@ def measure(setting: Setting, mean_s: float, steps: int, folder: Path) -> dict[s
     finally:
         for actor in (*hosts, trainer, reward):
             ray.kill(actor)
-    return figures_of(job, setting, warm, train_s)
+    return figures_of(job, setting, warm, train_s, timing)
 
 
 def start_samplers(count: int, config: RunConfig, timing: Timing) -> tuple[list[Any], list[Logical]]:
@@ -212,20 +212,22 @@ def start_samplers(count: int, config: RunConfig, timing: Timing) -> tuple[list[
     return hosts, [Logical(hosts[i % len(hosts)], i // len(hosts)) for i in range(count)]
 
 
-def figures_of(job: SimulatedJob, setting: Setting, warm: int, train_s: float) -> dict[str, float]:
+def figures_of(job: SimulatedJob, setting: Setting, warm: int, train_s: float, timing: Timing) -> dict[str, float]:
     (began, busy_before), (ended, busy_after) = job.marks[warm], job.marks[-1]
     lines, seconds = job.lines[warm:], ended - began
     samples = len(lines) * setting.prompts * GROUP
+    tokens = statistics.fmean(line["rollout/length_mean"] for line in lines)
     return {
         "samples_per_hour": 3600 * samples / seconds,
         "step_s": seconds / len(lines),
         "train_s": train_s,
         "utilisation": (busy_after - busy_before) / (seconds * setting.workers * SLOTS),
+        "useful": samples * tokens * timing.token_s / (seconds * setting.workers * SLOTS),
         "staleness_mean": statistics.fmean(line.get("async/staleness_mean", 0.0) for line in lines),
         "staleness_max": max(line.get("async/staleness_max", 0.0) for line in lines),
         "reissued_groups": sum(line.get("async/reissued", 0.0) + line.get("async/late", 0.0) for line in lines),
         "groups": float(len(lines) * setting.prompts),
-        "response_tokens": statistics.fmean(line["rollout/length_mean"] for line in lines),
+        "response_tokens": tokens,
         "wait_s": statistics.fmean(line.get("async/wait_s", line.get("time/rollout_s", 0.0)) for line in lines),
     }
 
@@ -247,7 +249,7 @@ def seconds_of(workers: int, mean_s: float) -> float:
 
 def table(found: list[tuple[Setting, dict[str, float]]]) -> str:
     header = ("workers", "controller", "training / sampling", "batch, slots", "samples an hour", "× sync", "slots busy",
-              "staleness, mean (max)", "groups sampled again")  # fmt: skip
+              "usefully", "staleness, mean (max)", "groups sampled again", "tokens of a response")  # fmt: skip
     rows = []
     for setting, f in found:
         against = base_of(setting, found)
@@ -260,8 +262,10 @@ def table(found: list[tuple[Setting, dict[str, float]]]) -> str:
                 f"{f['samples_per_hour']:,.0f}",
                 "–" if against is None else f"{f['samples_per_hour'] / against['samples_per_hour']:.2f}",
                 f"{100 * f['utilisation']:.0f} %",
+                f"{100 * f['useful']:.0f} %",
                 f"{f['staleness_mean']:.2f} ({f['staleness_max']:.0f})",
                 f"{f['reissued_groups']:.0f} of {f['groups']:.0f}",
+                f"{f['response_tokens']:.1f}",
             )
         )
     return report.table(header, rows)
@@ -296,7 +300,9 @@ slots*: samples of a step, in slots of all samplers; groups have {GROUP} samples
 sampler up for {UPDATE_SHARE:g} of a mean response. More than {HOSTS} samplers share {HOSTS} processes.
 
 *Slots busy*: seconds in which a sequence was decoded, over seconds × slots × samplers; pauses for weights, waiting and
-empty slots all count against it. *Groups sampled again*: because they could no longer be trained within the bound.
+empty slots all count against it. *Usefully*: tokens that were trained × seconds of a token with all slots full, over
+the same; groups that are sampled again cost the difference. *Groups sampled again*: because they could no longer be
+trained within the bound. They get other seeds, so what is trained has shorter responses than what is sampled.
 Counted are {steps} steps after {_WARM["async"]} (async) or {_WARM["sync"]} (sync) others, in which the pipeline fills.
 
 {report.measured("benchmarks.async_speed", "ray")}
