@@ -17,7 +17,7 @@ from pathlib import Path
 
 import ray
 from ray._private.state import available_resources_per_node
-from ray._raylet import Config
+from ray._raylet import Config  # type: ignore[attr-defined] # compiled
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 

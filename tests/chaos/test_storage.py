@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,33 +19,37 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 6 MiB."""
+    """A file system of 64 MiB."""
     if os.geteuid() != 0:
         pytest.skip("only root may mount a file system")
     path = tmp_path / "disk"
     path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(path)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(path)], check=True)
     yield path
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoints_before(chaos: Chaos, small_disk: Path) -> None:
-    run = chaos("steps=1000", f"run_root={small_disk / 'runs'}")
-    assert run.ends() in (1, 2)
-    said = run.said.read_text()
-    assert "disk is full" in said
-    (folder,) = (small_disk / "runs").iterdir()
-    store = CheckpointStore(folder / "checkpoints", 9, True)  # which clears what a writer left
-    newest = store.latest()
-    assert newest is not None
-    assert newest.step >= 1
+    where = (f"run_root={small_disk / 'runs'}", "checkpoint.keep_last=2")
+    run = chaos("steps=100000", *where)
+    folders = small_disk / "runs"
+    run.until(lambda: len(list(folders.glob("*/checkpoints/step-*"))) >= 2, "two checkpoints")
+    (folder,) = folders.iterdir()
+    other = small_disk / "of somebody else"
+    with suppress(OSError), other.open("wb", buffering=0) as file:
+        while file.write(bytes(1 << 16)):
+            pass
+    assert run.ends() == 2
+    assert "the disk is full" in run.said.read_text()
     assert run.left() == []
-    spare = sorted((folder / "checkpoints").iterdir())[:-1]
-    for path in spare:  # room is made, and the run goes on
-        shutil.rmtree(path)
-    run.start(f"run_root={small_disk / 'runs'}", "resume=auto", f"steps={newest.step + 1}", "checkpoint.keep_last=1")
+    other.unlink()
+    newest = CheckpointStore(folder / "checkpoints", 2, True).latest()
+    assert newest is not None
+    last = newest.step + 2
+    run.start(*where, "resume=auto", f"steps={last}")
     assert run.ends() == 0
-    assert len(surviving(folder).trained_ids) == (newest.step + 1) * SAMPLES
+    assert len(surviving(folder).trained_ids) == last * SAMPLES
+    assert not list((folder / "checkpoints").glob(".partial*"))
 
 
 @pytest.mark.parametrize("fault", ["truncated", "a bit flipped"])
