@@ -12,6 +12,7 @@ from rlsys.cluster import jobs
 from rlsys.cluster.planner import command as planner
 from rlsys.config.compose import overridden_keys
 from rlsys.config.errors import UserError
+from rlsys.controller import scaling
 from rlsys.controller.commands import add_parsers
 from rlsys.launch import EXIT_BAD_INPUT, show_error
 from rlsys.rewards import check
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     jobs.add_parser(commands)
     planner.add_parser(commands)
     ledger_command.add_parser(commands)
+    scaling.add_parser(commands)
     add_parsers(commands)
     profile = commands.add_parser(
         "profile",

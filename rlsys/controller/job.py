@@ -36,6 +36,7 @@ from rlsys.controller.dead_channels import check_dead
 from rlsys.controller.metrics import combine_updates, experience_metrics, hint_metrics, mismatch_metrics
 from rlsys.controller.pair_scores import divided, scored_pairs
 from rlsys.controller.profile import Profile
+from rlsys.controller.scaling import Scaling
 from rlsys.controller.sources import Source, make_source
 from rlsys.controller.stream import Pools
 from rlsys.controller.turns import Turns, turns_of
@@ -138,6 +139,7 @@ class Job:
     _saved_step: int | None = None
     _weights: WeightSync | None = None
     _open: ExitStack = field(default_factory=ExitStack)
+    _scaling: Scaling | None = None
 
     def begin(self) -> None:
         """Opens the ledger, and what experience will come from."""
@@ -145,6 +147,14 @@ class Job:
         self._open.callback(ledger.close)
         if self.groups.fleets is not None:
             self.groups.fleets.catch_up = self._catch_up
+            self._scaling = Scaling(
+                self.observers.folder.path,
+                self.groups.fleets.rollout,
+                self.groups.rollout.specs,
+                lambda: ray.available_resources().get("GPU", 0.0),
+                self.observers.display.note,
+                "samplers take turns with the trainer" if self.groups.fleets.alone else None,
+            )
         if self.state.step or ledger.path.stat().st_size:
             ledger.resumed(self.state.step, self.state.lineage)
         self.source = make_source(
@@ -379,6 +389,8 @@ class Job:
         metrics |= self._read_meters(metrics) | self.turns.metrics()
         if self.groups.fleets is not None:
             self.groups.fleets.step_done()
+            if self._scaling is not None:
+                self._scaling.look()
             metrics |= self.groups.fleets.metrics()
         metrics |= {"version/lineage": self.state.lineage, "version/step": self.state.step}
         metrics["memory/pss_bytes"] = float(self.observers.memory.peak_bytes)

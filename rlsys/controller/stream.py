@@ -325,6 +325,9 @@ class Stream:
         if self._unread_bytes() > self._room_bytes:
             self._since.counts["held back"] += 1
             return
+        for index in self._fleets.rollout.leaving():
+            if not any(phase == "rollout" and call.index == index for call, phase, *_ in self._calls.values()):
+                self._fleets.rollout.drained(index)
         free = dict.fromkeys(self._fleets.rollout.ready(), _AT_ONCE)
         if not free:
             return

@@ -83,6 +83,10 @@ class Group:
         """Ray's handle of each actor, by ``ROLE_INDEX``."""
         return {f"{actor.spec.role}_{actor.spec.index}": actor.handle for actor in self._actors}
 
+    def specs(self) -> dict[int, ActorSpec]:
+        """Of those that there are, by index."""
+        return {actor.spec.index: actor.spec for actor in self._actors}
+
     def asks(self, method: str, *, actors: Sequence[int] | None = None, **arguments: Any) -> list[Call]:
         """One call an actor (these of them; None: all) of what every worker answers (``take_reading``, ``clock``);
         payload: ``ROLE_INDEX``. Who is on its way back is left out."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from model_folders import make_model_folder
 from running import RunJob, job_process, only_run, read_jsonl, steps_of
 
+from rlsys import cli
 from rlsys.config.errors import UserError
 from rlsys.tracking.ledger import FILE_NAME, State, audit
 
@@ -147,3 +150,26 @@ def test_another_controller_does_not_go_on(run_job: RunJob, model: Path, tmp_pat
     assert run_job(tmp_path, "controller=async", *overrides) == 0
     with pytest.raises(UserError, match="controller"):
         run_job(tmp_path, *overrides, "steps=2", "resume=auto")
+
+
+@pytest.mark.slow
+def test_samplers_join_and_leave_while_the_run_goes_on(run_job: RunJob, model: Path, tmp_path: Path) -> None:
+    """The wish for two is there before the run looks for the first time; later it is told to go on with one."""
+    steps = 60
+    overrides = ("controller=async", *TINY, f"model.path={model}", f"steps={steps}", "eval.every=0")
+
+    def wish() -> None:
+        for workers, after in ((2, 1), (1, 30)):
+            while not any(len(steps_of(path)) >= after for path in (tmp_path / "runs").glob("*/") if path.is_dir()):
+                time.sleep(0.05)
+            assert cli.main(["scale", str(only_run(tmp_path)), str(workers)]) == 0
+
+    (tmp_path / "runs").mkdir()
+    wisher = threading.Thread(target=wish)
+    wisher.start()
+    assert run_job(tmp_path, *overrides) == 0
+    wisher.join()
+    folder = only_run(tmp_path)
+    trained_whole(folder, steps)
+    kinds = [event["kind"] for event in read_jsonl(folder / "events.jsonl")]
+    assert kinds.count("joined") == kinds.count("left") == 1
