@@ -314,9 +314,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--mean-s", type=float, default=1.0, help="seconds of a mean response")
     parser.add_argument("--workers", type=int, nargs="*", default=WORKERS)
+    parser.add_argument("--pairs", action="store_true", help="sync and async alone, without what else can be set")
     arguments = parser.parse_args()
     steps, mean_s = (2, 0.5) if arguments.quick else (arguments.steps, arguments.mean_s)
     wanted = [Setting(2, "sync"), Setting(2, "async")] if arguments.quick else settings_of(list(arguments.workers))
+    wanted = wanted[: 2 * len(arguments.workers)] if arguments.pairs else wanted
     os.environ.setdefault("RAY_max_direct_call_object_size", str(INLINE_BYTES))  # as a run's own cluster has it
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # it ends actors when others fill the machine
