@@ -36,7 +36,7 @@ from rlsys.controller.dead_channels import check_dead
 from rlsys.controller.metrics import combine_updates, experience_metrics, hint_metrics, mismatch_metrics
 from rlsys.controller.pair_scores import divided, scored_pairs
 from rlsys.controller.profile import Profile
-from rlsys.controller.scaling import Scaling
+from rlsys.controller.scaling import Scaling, free_gpus
 from rlsys.controller.sources import Source, make_source
 from rlsys.controller.stream import Pools
 from rlsys.controller.turns import Turns, turns_of
@@ -151,7 +151,7 @@ class Job:
                 self.observers.folder.path,
                 self.groups.fleets.rollout,
                 self.groups.rollout.specs,
-                lambda: ray.available_resources().get("GPU", 0.0),
+                free_gpus,
                 self.observers.display.note,
                 "samplers take turns with the trainer" if self.groups.fleets.alone else None,
             )
@@ -503,7 +503,7 @@ class Job:
     def _write_rollouts(self, experience: Experience, advantages: np.ndarray) -> None:
         records = [record for shard in experience.shards for record in shard.reward.records]
         if records:
-            own = _by_sample(experience, advantages)
+            own = experience.by_sample(advantages)
             # None: the group was filtered out
             rows = [record | {"advantage": own.get((record["uid"], record["sample_index"]))} for record in records]
             self.observers.folder.write_rollouts(self.state.step, rows)
@@ -602,13 +602,3 @@ class Job:
 def _role_and_index(name: str) -> tuple[str, int]:
     role, _, index = name.rpartition("_")
     return role, int(index)
-
-
-def _by_sample(experience: Experience, values: np.ndarray) -> dict[tuple[str, int], float]:
-    """By uid and sample index: groups come whole and in the order of their samples."""
-    seen: Counter[str] = Counter()
-    result = {}
-    for uid, value in zip(experience.rollout("uids"), values, strict=True):
-        result[uid, seen[uid]] = float(value)
-        seen[uid] += 1
-    return result

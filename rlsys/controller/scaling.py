@@ -1,10 +1,11 @@
-"""More or fewer samplers while a run goes on: ``rlsys scale RUN N`` leaves a wish in the run's folder, and the run looks
-for one between two steps."""
+"""More or fewer samplers while a run goes on: ``rlsys scale RUN N`` leaves a wish in the run's folder, and the run
+looks for one between two steps."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
         "scale",
         help="more or fewer samplers for a run that goes on",
         description="Asks a run to go on with N rollout workers. New ones start beside the others and sample when they "
-        "have the present weights; those that leave end what they are at first. The run looks for this after each step.",
+        "have the present weights; those that leave end what they are at first. The run looks for this after a step.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="its run folder")
     parser.add_argument("workers", type=int, metavar="N", help="rollout workers that it shall have, 1 or more")
@@ -47,7 +48,7 @@ def handle(arguments: argparse.Namespace) -> int:
     if workers < 1:
         raise UserError(f"a run cannot sample with {workers} workers", where="N", fix="give 1 or more")
     write_json(run / FILE, {"rollout_workers": workers})
-    print(f"{run.name} will go on with {workers} rollout workers after its present step")
+    sys.stdout.write(f"{run.name} will go on with {workers} rollout workers after its present step\n")
     return 0
 
 
@@ -65,8 +66,8 @@ class Pool(Protocol):
 class Scaling:
     """Follows the wish in a run's folder.
 
-    specs: of the samplers that there are, by index. free_gpus: that nobody has booked. report: told what cannot be done.
-    fixed: why their number cannot change; None: it can.
+    specs: of the samplers that there are, by index. free_gpus: that nobody has booked. report: told what cannot be
+    done. fixed: why their number cannot change; None: it can.
     """
 
     folder: Path
@@ -109,3 +110,10 @@ class Scaling:
             self.report(
                 f"{more - room} of {more} samplers cannot join: {free:g} GPUs are free, each takes {model.gpus:g}"
             )
+
+
+def free_gpus() -> float:
+    """Of the cluster, that nobody has booked."""
+    import ray
+
+    return float(ray.available_resources().get("GPU", 0.0))

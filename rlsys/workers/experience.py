@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -106,6 +107,15 @@ class Experience:
         """Steps between the trainer's weights (of ``step``) and the oldest that sampled a token."""
         oldest = [s.rollout.oldest_version.step for s in self.shards if s.rollout.oldest_version is not None]
         return step - min(oldest, default=step)
+
+    def by_sample(self, values: np.ndarray) -> dict[tuple[str, int], float]:
+        """values: [B]. By uid and sample index: groups come whole and in the order of their samples."""
+        seen: Counter[str] = Counter()
+        result = {}
+        for uid, value in zip(self.rollout("uids"), values, strict=True):
+            result[uid, seen[uid]] = float(value)
+            seen[uid] += 1
+        return result
 
     def failures(self) -> list[dict]:
         return [failure for shard in self.shards for failure in shard.reward.failures]
