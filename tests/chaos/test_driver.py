@@ -99,7 +99,7 @@ def test_a_reward_that_never_returns_leaves_the_stack_that_names_it_and_ends_the
     stacks = {path.stem: path.read_text() for path in Path(stall["stacks"]).iterdir()}
     assert set(stacks) == {"driver", "trainer_0", "rollout_0", "reward_0"}
     assert "gated_digits (plugins_for_runs.py" in stacks["reward_0"]
-    assert "as_completed" in stacks["driver"]
+    assert "workers/waits.py" in stacks["driver"]
     newest = CheckpointStore(run.folder / "checkpoints", 1, False).latest()
     assert newest is not None
     assert newest.step == 2
