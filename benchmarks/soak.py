@@ -9,8 +9,10 @@ object store's bytes are looked at from outside.
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ import grpc
 import matplotlib as mpl
 import numpy as np
 import psutil
+from ray.exceptions import RaySystemError
 
 from benchmarks import report
 from benchmarks.report import MIB
@@ -119,7 +122,7 @@ class ObjectStore:
         """Bytes of all nodes, as their raylets say.
 
         Raises:
-            grpc.RpcError: the cluster is gone.
+            grpc.RpcError, RaySystemError: the cluster is gone.
         """
         from ray._private.internal_api import get_state_from_address, node_stats
 
@@ -169,7 +172,7 @@ def soak(steps: int, kill_every: int, seed: int, folder: Path) -> tuple[list[Loo
         while run.poll() is None:
             step, seconds = step_of(folder), time.monotonic() - began
             if step:
-                with suppress(grpc.RpcError):  # it is ending
+                with suppress(grpc.RpcError, RaySystemError):  # it is ending
                     looks.append(look(driver, store, seconds, step))
             if due <= step < steps - 5:
                 time.sleep(chooser.random())  # anywhere in a step
@@ -273,6 +276,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     arguments = parser.parse_args()
     steps, kill_every = (20, 5) if arguments.quick else (arguments.steps, arguments.kill_every)
+    # The run's cluster lets in whoever has its token; this process asks it for its object store.
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         looks, kills, status, said = soak(steps, kill_every, arguments.seed, folder)
