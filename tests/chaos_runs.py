@@ -16,6 +16,7 @@ from faults import LOSS
 from running import RUN_S, command, comparable, environment, processes_marked, read_jsonl, tensors_below
 
 from rlsys.tracking.ledger import Audit, audit
+from rlsys.tracking.metrics import read_metrics
 
 TESTS = Path(__file__).resolve().parent
 TINY = (
@@ -29,6 +30,7 @@ TINY = (
     "reward.parts.correct.use=plugins_for_runs.digits",
 )
 STEPS, SAMPLES = 4, 16
+QUIET_S = 1.0  # after which a run without a new step is waiting for who was stopped
 WHOLE = (f"steps={STEPS}", LOSS, "trainer.ranks=2")
 """A run with two trainer ranks that is compared with one that nothing was done to; SAMPLES of them a step."""
 
@@ -92,6 +94,22 @@ class ChaosRun:
         os.kill(pid, number)
         return pid
 
+    def interrupt(self, role: str) -> None:
+        """Stops the actor, so that the run comes to wait for it whatever it is at, and kills it then."""
+        pid = self.kill(role, signal.SIGSTOP)
+        seen, since = self.steps(), time.monotonic()
+        while time.monotonic() - since < QUIET_S:
+            if self.steps() != seen:
+                seen, since = self.steps(), time.monotonic()
+            time.sleep(0.1)
+        os.kill(pid, signal.SIGKILL)
+
+    def tear(self) -> None:
+        """Leaves half a line in each file, as a writer does that is killed."""
+        for name in ("metrics.jsonl", "events.jsonl", "ledger.jsonl"):
+            with (self.folder / name).open("a") as file:
+                file.write('{"step": 9')
+
     def ends(self, seconds: float = RUN_S) -> int:
         """Waits for the end; the exit code."""
         code = self.process.wait(seconds)
@@ -112,6 +130,13 @@ class ChaosRun:
                     process.kill()
             except psutil.Error:
                 continue
+
+
+def nothing_torn(folder: Path, steps: int) -> None:
+    """Every step has one line, every sample was trained once, and no writer of a checkpoint left anything."""
+    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == list(range(1, steps + 1))
+    assert len(surviving(folder).trained_ids) == steps * SAMPLES
+    assert not any(path.name.startswith(".partial") for path in (folder / "checkpoints").iterdir())
 
 
 Chaos = Callable[..., ChaosRun]

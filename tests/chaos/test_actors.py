@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import psutil
@@ -14,7 +13,7 @@ from chaos_runs import Chaos, ChaosRun, same_result, surviving
 from faults import fault
 from running import read_jsonl
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 STEPS, SAMPLES = 8, 16
 OVERRIDES = (
@@ -23,24 +22,12 @@ OVERRIDES = (
     "algorithm.kl.coef=0.01",
     "rollout.environment=fragile_environment.SingleTurn",
 )
-QUIET_S = 1.0
 
 
 @pytest.fixture(scope="module")
 def undisturbed(chaos: Chaos) -> ChaosRun:
     """Runs beside the first of the others."""
     return chaos(*OVERRIDES)
-
-
-def interrupt(run: ChaosRun, pid: int) -> None:
-    """Stops the actor, so that the run comes to wait for it whatever it is at, and kills it then."""
-    os.kill(pid, signal.SIGSTOP)
-    seen, since = run.steps(), time.monotonic()
-    while time.monotonic() - since < QUIET_S:
-        if run.steps() != seen:
-            seen, since = run.steps(), time.monotonic()
-        time.sleep(0.1)
-    os.kill(pid, signal.SIGKILL)
 
 
 def assert_unharmed(run: ChaosRun, undisturbed: ChaosRun, lost: list[str], *, back: bool = True) -> None:
@@ -69,14 +56,13 @@ def test_one_of_each_kind_is_killed_while_it_is_waited_for(chaos: Chaos, undistu
     run.until_step(1)
     before = run.roster()
     for role in ("rollout_0", "reward_0", "reference_0"):
-        interrupt(run, before[role])
+        run.interrupt(role)
     assert_unharmed(run, undisturbed, ["rollout worker 0", "reward worker 0", "reference worker 0"])
     after = run.roster()
     for role in ("driver", "trainer_0", "rollout_1"):
         assert after[role] == before[role]
 
 
-@pytest.mark.slow
 def test_a_stopped_sampler_is_found_by_its_silence(chaos: Chaos, undisturbed: ChaosRun) -> None:
     run = chaos(*OVERRIDES, "health.liveness_s=4")
     run.until_step(1)
@@ -92,7 +78,6 @@ def undisturbed_alone(chaos: Chaos) -> ChaosRun:
     return chaos(*OVERRIDES, "rollout.workers=1")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("call", [1, 3])
 def test_a_sampler_that_dies_while_it_takes_weights(
@@ -106,7 +91,6 @@ def test_a_sampler_that_dies_while_it_takes_weights(
     assert_unharmed(run, undisturbed if workers == 2 else undisturbed_alone, [lost["actor"]], back=workers == 1)
 
 
-@pytest.mark.slow
 def test_a_sampler_that_dies_in_an_evaluation(chaos: Chaos, tmp_path: Path) -> None:
     alone = (*OVERRIDES, "rollout.workers=1", "eval.every=2", "eval.problems=8")
     undisturbed = chaos(*alone)
@@ -117,17 +101,20 @@ def test_a_sampler_that_dies_in_an_evaluation(chaos: Chaos, tmp_path: Path) -> N
     assert_unharmed(run, undisturbed, ["rollout worker 0"])
 
 
-@pytest.mark.slow
-def test_the_only_sampler_is_killed(chaos: Chaos) -> None:
-    run = chaos(*OVERRIDES, "rollout.workers=1")
+def test_the_only_sampler_is_killed_and_so_is_the_one_in_its_place(chaos: Chaos) -> None:
+    steps = 60
+    run = chaos(*OVERRIDES, f"steps={steps}", "rollout.workers=1")
     run.until_step(1)
-    interrupt(run, run.roster()["rollout_0"])
+    first = run.roster()["rollout_0"]
+    run.interrupt("rollout_0")
+    run.until(lambda: run.roster().get("rollout_0", first) != first, "the new one is written down")
+    run.until_step(max(run.steps()) + 1)
+    run.interrupt("rollout_0")
     assert run.ends() == 0
-    assert [event["actor"] for event in run.events("restarted")] == ["rollout worker 0"]
-    assert len(surviving(run.folder).trained_ids) == STEPS * SAMPLES
+    assert [event["actor"] for event in run.events("restarted")] == ["rollout worker 0"] * 2
+    assert len(surviving(run.folder).trained_ids) == steps * SAMPLES
 
 
-@pytest.mark.slow
 def test_an_actor_that_dies_again_and_again_ends_the_run_with_its_last_checkpoint(chaos: Chaos) -> None:
     run = chaos(*OVERRIDES, "steps=100000", "health.restarts=0")
     run.until_step(2)
@@ -140,7 +127,6 @@ def test_an_actor_that_dies_again_and_again_ends_the_run_with_its_last_checkpoin
     assert run.left() == []
 
 
-@pytest.mark.slow
 @pytest.mark.vllm
 def test_the_engine_of_a_killed_vllm_sampler_ends_with_it(chaos: Chaos) -> None:
     run = chaos("steps=6", "rollout=vllm", "rollout.workers=1", "rollout.kv_cache_gib=0.1")

@@ -9,13 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
-from chaos_runs import SAMPLES, STEPS, WHOLE, Chaos, same_result, surviving
+from chaos_runs import SAMPLES, STEPS, WHOLE, Chaos, nothing_torn, same_result
 from faults import fault
+from running import read_jsonl, run_folders
 
 from rlsys.checkpoint.store import CheckpointStore
-from rlsys.tracking.metrics import read_metrics
+from rlsys.cluster.orphans import is_alive
+from rlsys.cluster.processes import read
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 JOB = "rlsys.controller.job:Job"
 PHASES = {  # where it dies, and at which call
@@ -25,32 +27,24 @@ PHASES = {  # where it dies, and at which call
     "checkpoint write": ("rlsys.checkpoint.manifest:seal", 2),
     "checkpoint sealed": ("after rlsys.checkpoint.manifest:seal", 2),
 }
-QUICK = "weight sync"
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == QUICK else pytest.mark.slow) for name in PHASES]
-)
+@pytest.mark.parametrize("name", PHASES)
 def test_a_killed_driver_goes_on_with_resume_auto_and_leaves_nobody(
     name: str, chaos: Chaos, undisturbed: Path, tmp_path: Path
 ) -> None:
     run = chaos(*WHOLE, FAULT=fault(*PHASES[name], tmp_path / "died"))
     assert run.ends() == -signal.SIGKILL
     first = set(run.roster().values())
-    for torn in ("metrics.jsonl", "events.jsonl", "ledger.jsonl"):
-        with (run.folder / torn).open("a") as file:
-            file.write('{"step": 9')  # a line that was being written
+    run.tear()
     run.start("resume=auto")
     assert run.ends() == 0
     assert not first & set(run.roster().values())
-    assert [line["step"] for line in read_metrics(run.folder / "metrics.jsonl")] == list(range(1, STEPS + 1))
-    assert len(surviving(run.folder).trained_ids) == STEPS * SAMPLES
+    nothing_torn(run.folder, STEPS)
     same_result(run.folder, undisturbed)
-    assert not any(path.name.startswith(".partial") for path in (run.folder / "checkpoints").iterdir())
     assert run.left() == []
 
 
-@pytest.mark.slow
 def test_a_time_limit_ends_the_run_before_it_is_reached_with_a_checkpoint(chaos: Chaos) -> None:
     limit_s = 150.0
     began = time.monotonic()
@@ -65,7 +59,6 @@ def test_a_time_limit_ends_the_run_before_it_is_reached_with_a_checkpoint(chaos:
     assert run.left() == []
 
 
-@pytest.mark.slow
 def test_sigterm_in_the_midst_of_a_step_writes_a_checkpoint(chaos: Chaos) -> None:
     run = chaos("steps=1000000", "checkpoint.every=1000000")
     run.until_step(2)
@@ -77,7 +70,6 @@ def test_sigterm_in_the_midst_of_a_step_writes_a_checkpoint(chaos: Chaos) -> Non
     assert run.left() == []
 
 
-@pytest.mark.slow
 def test_a_reward_that_never_returns_leaves_the_stack_that_names_it_and_ends_the_run_if_told_to(
     chaos: Chaos, tmp_path: Path
 ) -> None:
@@ -107,7 +99,6 @@ def test_a_reward_that_never_returns_leaves_the_stack_that_names_it_and_ends_the
     assert run.left() == []
 
 
-@pytest.mark.slow
 def test_a_stopped_trainer_is_warned_of_and_the_run_goes_on_when_it_does(chaos: Chaos) -> None:
     run = chaos("steps=60", "health.stall_s=3")
     run.until_step(2)
@@ -120,3 +111,33 @@ def test_a_stopped_trainer_is_warned_of_and_the_run_goes_on_when_it_does(chaos: 
     os.kill(pid, signal.SIGCONT)
     assert run.ends() == 0
     assert json.loads((run.folder / "summary.json").read_text())["steps"] == 60
+
+
+def test_what_a_run_without_a_checkpoint_left_is_ended_by_the_one_that_begins_anew(
+    chaos: Chaos, tmp_path: Path
+) -> None:
+    """Ray's own processes are stopped, so that they cannot do it."""
+    gate = tmp_path / "gate"
+    gate.touch()
+    overrides = (
+        "steps=2",
+        "reward.timeout_s=3000",
+        "reward.parts.correct.use=plugins_for_runs.gated_digits",
+        f"+reward.parts.correct.args={{gate: '{gate}', after: 0}}",
+    )
+    run = chaos(*overrides)
+    run.until(lambda: any(run.root.glob("runs/*/processes.json")), "the actors run")
+    left = read(run.folder)
+    for process in left:
+        if process.role == "ray":
+            os.kill(process.pid, signal.SIGSTOP)
+    run.kill("driver")
+    run.process.wait()
+    gate.unlink()
+    run.start("resume=auto")
+    assert run.ends() == 0
+    _, again = run_folders(run.root)
+    (event,) = [event for event in read_jsonl(again / "events.jsonl") if event["kind"] == "orphans"]
+    assert {"ray", "rollout_0", "reward_0", "trainer_0"} <= {entry["role"] for entry in event["processes"]}
+    assert not any(is_alive(process) for process in left)
+    assert run.left() == []

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from chaos_runs import SAMPLES, Chaos, surviving
-from running import steps_of
+from running import environment, steps_of
 
 from rlsys.checkpoint.store import CheckpointStore
+from rlsys.tracking.ledger import State
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -83,3 +85,64 @@ def test_folders_of_a_writer_that_was_killed_are_cleared(chaos: Chaos) -> None:
     run.start("resume=auto", "steps=3")
     assert run.ends() == 0
     assert not left.exists()
+
+
+STORE = 8 << 20
+# A cluster with a store smaller than Ray allows, and in it twice as much as it holds, which belongs to somebody else.
+CLUSTER = f"""
+import sys
+import numpy, ray
+from ray._private import ray_constants
+from ray.cluster_utils import Cluster
+ray_constants.OBJECT_STORE_MINIMUM_MEMORY_BYTES = 1
+cluster = Cluster(initialize_head=True, head_node_args=dict(
+    num_cpus=2, object_store_memory={STORE}, include_dashboard=False, object_spilling_directory=sys.argv[1]))
+ray.init(cluster.address, log_to_driver=False)
+held = [ray.put(numpy.zeros(1 << 20, numpy.uint8)) for _ in range({2 * STORE >> 20})]
+print("at", cluster.address, flush=True)
+input()
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.fixture
+def small_store(tmp_path: Path) -> Iterator[str]:
+    """Address of a cluster with an object store that is full."""
+    spilled = tmp_path / "spilled"
+    spilled.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER, str(spilled)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(PYTHONPATH=str(Path(__file__).parent.parent)),
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    address = next(line.split()[1] for line in process.stdout if line.startswith("at "))
+    assert list(spilled.rglob("*")), "nothing has been spilled"
+    yield address
+    process.stdin.close()
+    process.wait(60)
+
+
+def test_a_full_object_store_holds_sampling_back_and_the_run_ends_well(chaos: Chaos, small_store: str) -> None:
+    """What is sampled ahead is more than the share of the store that groups may take; Ray spills the rest to disk."""
+    steps, prompts, samples, bound = 10, 8, 16, 8
+    run = chaos(
+        "cluster=ray",
+        f"cluster.address='{small_store}'",
+        "controller=async",
+        f"controller.max_staleness={bound}",
+        "algorithm.loss=decoupled_ppo",
+        f"steps={steps}",
+        f"data.prompts_per_step={prompts}",
+        f"rollout.samples_per_prompt={samples}",
+        "data.max_response_tokens=128",
+    )
+    assert run.ends() == 0
+    assert any(line["async/held_back"] > 0 for line in steps_of(run.folder))
+    found = surviving(run.folder)
+    assert len(found.trained_ids) == steps * prompts * samples
+    assert found.groups[State.TRAINED] == steps * prompts

@@ -11,7 +11,7 @@ from rlsys.config.assets import asset
 from rlsys.config.build import defaults, leaves, variants
 
 ROW = re.compile(r"\| `([\w.]+)` \| .*? \| (?:`(.*?)`|required) \| \S.* \|")
-CHOSEN_BY_GROUP = {"data.kind", "rollout.engine", "cluster.kind"}
+CHOSEN_BY_GROUP = {"data.kind", "rollout.engine", "cluster.kind", "controller.kind"}
 
 
 def listed() -> list[tuple[str, Any]]:
@@ -35,6 +35,7 @@ def test_the_defaults_are_those_of_the_schema() -> None:
     unions = {
         "data.": variants(schema.DataConfig),
         "rollout.": variants(schema.RolloutConfig),
+        "controller.": variants(schema.ControllerConfig),
         "cluster.": variants(schema.ClusterConfig),
     }
     allowed: dict[str, list[Any]] = {key: [value] for key, value in known.items()}

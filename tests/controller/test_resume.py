@@ -13,7 +13,7 @@ from rlsys.checkpoint.controller_state import ControllerState
 from rlsys.checkpoint.store import CheckpointStore
 from rlsys.config.errors import UserError
 from rlsys.config.schema import RunConfig
-from rlsys.controller.resume import find_origin, last_origin
+from rlsys.controller.resume import find_origin, folders_left, last_origin
 from rlsys.tracking.run import RunFolder
 
 
@@ -57,6 +57,18 @@ def test_auto_is_a_new_run_where_there_is_nothing_to_go_on_from(tmp_path: Path) 
     assert find_origin(config_at(tmp_path, "resume=auto")) is None
     with pytest.raises(UserError, match="no checkpoint"):
         find_origin(config_at(tmp_path, f"resume={run.path}"))
+
+
+def test_where_a_driver_before_this_one_may_have_left_processes(tmp_path: Path) -> None:
+    """One whose run is still being written to is alive, and with it its actors."""
+    make_run(tmp_path, 4, checkpoints=(4,))
+    given_up = make_run(tmp_path, 1, checkpoints=())
+    auto = config_at(tmp_path, "resume=auto")
+    with RunFolder.create(tmp_path, "grpo_qwen", auto) as mine:
+        assert folders_left(auto, mine.path) == [mine.path, given_up.path]
+        assert folders_left(config_at(tmp_path), mine.path) == [mine.path]
+        with RunFolder.open(given_up.path):
+            assert given_up.path not in folders_left(auto, mine.path)
 
 
 def test_a_run_that_stopped_at_its_checkpoint_stays_in_its_lineage(tmp_path: Path) -> None:

@@ -1,12 +1,22 @@
-"""When a silence is reported."""
+"""When a silence is reported, and who is written down."""
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from rlsys.controller.watchdog import Alarm
+import pytest
+import ray
+
+from rlsys.cluster import processes
+from rlsys.config.modes import HealthConfig
+from rlsys.controller import watchdog
+from rlsys.controller.watchdog import Alarm, Watchdog
 from rlsys.workers.under_way import Wait, under_way, waits
+from rlsys.workers.waits import StopFlag
 
 
 def wait(since: float) -> Wait:
@@ -52,3 +62,34 @@ def test_waits_are_known_while_they_last_and_have_something_to_wait_for() -> Non
         pending.clear()
         assert one not in waits()
     assert waits() == before
+
+
+@pytest.mark.ray
+def test_an_actor_in_the_place_of_another_is_written_down_as_soon_as_it_runs(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "_ROSTER_S", 3600.0)
+    actor = ray.remote(num_cpus=0)(SimplePid)
+    actors = {"rollout_0": actor.remote()}
+    ray.get(actors["rollout_0"].pid.remote())
+    dog = Watchdog(tmp_path, HealthConfig(), lambda *_, **__: None, StopFlag(), lambda: actors, local=False)
+    dog.start()
+    try:
+        assert written(tmp_path) == ray.get(actors["rollout_0"].pid.remote())
+        ray.kill(actors["rollout_0"])
+        actors["rollout_0"] = actor.remote()
+        pid = ray.get(actors["rollout_0"].pid.remote())
+        while written(tmp_path) != pid:
+            time.sleep(0.1)
+    finally:
+        dog.close()
+
+
+class SimplePid:
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def written(folder: Path) -> int:
+    (pid,) = (found.pid for found in processes.read(folder) if found.role == "rollout_0" and not found.below)
+    return pid

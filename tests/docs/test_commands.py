@@ -24,7 +24,14 @@ from rlsys.replay.pairs import load_pairs
 
 NEW = "how-to/new-algorithm.md"
 CLUSTERS = ["how-to/dgx-spark.md", "how-to/nvl72.md"]
-PAGES = [NEW, "how-to/choose-an-algorithm.md", "how-to/self-distillation.md", "how-to/preferences.md", *CLUSTERS]
+PAGES = [
+    NEW,
+    "how-to/async.md",
+    "how-to/choose-an-algorithm.md",
+    "how-to/self-distillation.md",
+    "how-to/preferences.md",
+    *CLUSTERS,
+]
 COMMANDS = [(page, command) for page in PAGES for command in commands(page)]
 
 

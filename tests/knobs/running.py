@@ -84,9 +84,7 @@ def requested(bench: Bench, *overrides: str, result: Experience | None = None) -
 
     bench.monkeypatch.setattr(collecting, "collect", record)
     with bench.job(*overrides) as job:
-        job.begin()
         job.experience()
-        job.close()
     return seen[0]
 
 
@@ -163,7 +161,7 @@ def synced(bench: Bench, *overrides: str) -> tuple[str, SendRequest]:
     trainer = Actors({"hosts": lambda: [here], "export_weights": lambda *_: SentWeights("object_store", [], "sum", 0)})
     with bench.job(*overrides, trainer=trainer) as job:
         taken = [TakenWeights("sum", {})]
-        job.groups.rollout = Actors({"hosts": lambda: [here], "update_weights": lambda *_: taken})  # type: ignore[assignment]
+        job.groups.rollout = Actors({"hosts": lambda: [here], "update_weights": lambda *_, **__: taken})  # type: ignore[assignment]
         job.sync_weights()
     ((asked, _),) = trainer.given("export_weights")
     return asked
@@ -345,7 +343,9 @@ def export(bench: Bench) -> None:
             "connect",
             lambda *_, **__: given(SimpleNamespace(gpus=0, cores=1, nodes=1, local=True, logs="", said="")),
         )
-        bench.monkeypatch.setattr(run, "_groups", lambda *_: given(groups))
+        bench.monkeypatch.setattr(run, "started", lambda *_: given(SimpleNamespace(groups=groups)))
+        dog = SimpleNamespace(start=lambda: None, close=lambda: None, stalled_actors=[])
+        bench.monkeypatch.setattr(run, "_watchdog", lambda *_, **__: dog)
         bench.monkeypatch.setattr(run, "train", lambda _: None)
         run.run_job(bench.config("eval.problems=4", f"checkpoint.export={value}"))
         return len(trainer.given("export_hf"))

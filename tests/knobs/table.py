@@ -103,11 +103,15 @@ class Bench:
     def job(self, *overrides: str, trainer: Actors | None = None) -> Iterator[Job]:
         """A job as a run makes it, over actors that are only recorded."""
         inputs = self.inputs(*overrides)
-        groups: Any = Groups(trainer or Actors(), Actors(), Actors(), None)  # type: ignore[arg-type]
+        fleets: Any = Actors() if inputs.config.controller.kind != "sync" else None
+        groups: Any = Groups(trainer or Actors(), Actors(), Actors(), None, fleets=fleets)  # type: ignore[arg-type]
         display = PlainDisplay(Console(file=io.StringIO()), title="", steps=1)
         with RunFolder.create(self.tmp / f"job{next(self._count)}", "job", {}) as folder:
             observers = Observers(folder, TrackerSet([], print), display, MemoryMonitor())
-            yield run._job(inputs.config, inputs, None, observers, StopFlag(), groups)
+            job = run._job(inputs.config, inputs, None, observers, StopFlag(), groups)
+            job.begin()
+            yield job
+            job.close()
 
     def started(self, *overrides: str) -> Observers:
         """``run_job`` without what happens inside the cluster; the observers that it made."""
