@@ -15,7 +15,7 @@ from rlsys.checkpoint.store import CheckpointStore
 from rlsys.config.errors import UserError
 from rlsys.config.schema import RunConfig
 from rlsys.tracking.metrics import read_metrics
-from rlsys.tracking.run import RunFolder, resolve_resume
+from rlsys.tracking.run import RunFolder, find_abandoned, resolve_resume
 from rlsys.tracking.secrets import mask
 
 # What may differ from the run that is resumed. Only `steps` changes what the remaining steps compute: a schedule with
@@ -74,6 +74,13 @@ def find_origin(config: RunConfig) -> Origin | None:
     _check_same(config, point.run)
     state = ControllerState.read(checkpoint.path)
     return Origin(point.run, checkpoint.path, replace(state, lineage=_lineage(point.run, store, checkpoint.version)))
+
+
+def folders_left(config: RunConfig, folder: Path) -> list[Path]:
+    """Where a driver before this one has written down its processes: the run's own folder, and with ``resume=auto``
+    the newest that was given up, which has nothing to go on from where it had no checkpoint yet."""
+    other = find_abandoned(Path(config.run_root), config.name) if config.resume == "auto" else None
+    return [folder, *([other] if other is not None else [])]
 
 
 def last_origin(folder: RunFolder, config: RunConfig, beginning: ControllerState) -> Origin:

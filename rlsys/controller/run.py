@@ -36,7 +36,7 @@ from rlsys.controller.job import Groups, GuardStop, Job, Observers
 from rlsys.controller.loop import train
 from rlsys.controller.profile import Profile
 from rlsys.controller.recovery import Ending, Restarts, lost_trainers
-from rlsys.controller.resume import Origin, find_origin, last_origin
+from rlsys.controller.resume import Origin, find_origin, folders_left, last_origin
 from rlsys.controller.starting import Started, started
 from rlsys.controller.watchdog import Watchdog
 from rlsys.engines.sync.verify import SyncError
@@ -129,7 +129,8 @@ def _run_in(
         stack.callback(display.close)
         folder.log_event("resume" if origin else "start", f"at step {first} of {config.steps}")
         trackers.start(mask(asdict(config)), folder.path)
-        _say_orphans(observers, orphans.end_here(folder.path))
+        for left in folders_left(config, folder.path):
+            _say_orphans(observers, orphans.end_here(left))
         ending = _supervise(config, inputs, origin, observers, watch, overrides, profile)
         restarts = Restarts(first)
         while ending.lost and restarts.allow(ending.step):
@@ -198,7 +199,8 @@ def _supervise(
             observers.folder.log_event("cluster", f"Ray with {session.said}", logs=session.logs)
             if session.nodes > 1:
                 check_cluster(config, session, observers.folder.path, watch.stop)
-                _say_orphans(observers, orphans.end_elsewhere(observers.folder.path))
+                for left in folders_left(config, observers.folder.path):
+                    _say_orphans(observers, orphans.end_elsewhere(left))
             hosts = present() if session.nodes > 1 else {}
             try:
                 actors = stack.enter_context(started(config, session, inputs, watch.stop, observers, resumed))

@@ -27,7 +27,7 @@ from rlsys.workers.under_way import Wait, waits
 from rlsys.workers.waits import StopFlag
 
 _POLL_S = 1.0
-_ROSTER_S = 15.0  # how often processes.json is compared with who runs
+_ROSTER_S = 15.0  # how often processes.json is compared with who runs, where nobody was replaced
 _FAR_S = 60.0  # for the stacks of another host's actors
 _NAMED = 8  # calls without an answer that the report names
 
@@ -84,6 +84,7 @@ class Watchdog:
         self._handles, self._local, self._also = handles, local, also
         self._alarm = Alarm(health.stall_s)
         self._known: dict[str, tuple[str, int]] = {}
+        self._actors: set[str] = set()
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -111,7 +112,7 @@ class Watchdog:
                     self._report(wait, now)
                 except (OSError, UserError):  # nowhere to write: said on the terminal; the clock is still looked at
                     traceback.print_exc()
-            if now >= roster:
+            if now >= roster or self._replaced():
                 roster = now + _ROSTER_S
                 with suppress(ray.exceptions.RayError, RuntimeError):  # the cluster is ending, and so are we
                     self.write_roster()
@@ -120,10 +121,16 @@ class Watchdog:
         """``processes.json``, where anybody is another process than the last time. Whoever replaces actors may call it;
         the thread does so from time to time."""
         with self._lock:
-            running = processes.alive(processes.actor_table(self._handles()))
+            handles = self._handles()
+            self._actors = _ids(handles)
+            running = processes.alive(processes.actor_table(handles))
             if running != self._known or not (self._folder / processes.NAME).exists():
                 processes.write(self._folder, processes.of_run(running, local=self._local))
                 self._known = running
+
+    def _replaced(self) -> bool:
+        """Whether there are other actors than the last time, or some that had no process then."""
+        return _ids(self._handles()) != self._actors or len(self._known) < len(self._actors)
 
     def _report(self, wait: Wait, now: float) -> None:
         asked = wait.asked()
@@ -175,6 +182,10 @@ class Watchdog:
         for name, ref in asked.items():
             (where / f"{name}.txt").write_text(_told(ref), encoding="utf-8")
         return len(running)
+
+
+def _ids(handles: Mapping[str, Any]) -> set[str]:
+    return {handle._actor_id.hex() for handle in handles.values() if hasattr(handle, "_actor_id")}
 
 
 def _told(ref: Any) -> str:

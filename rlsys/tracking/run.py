@@ -224,15 +224,35 @@ def resolve_resume(resume: str | None, run_root: Path, name: str) -> ResumePoint
 def find_latest(run_root: Path, name: str) -> RunFolder | None:
     """The newest run called ``name`` under ``run_root`` that has a checkpoint; None where there is none. A run that was
     stopped before its first checkpoint has nothing to go on from."""
+    runs = [path for path in _called(run_root, name) if any((path / "checkpoints").glob("step-*"))]
+    return RunFolder.open(runs[-1]) if runs else None
+
+
+def find_abandoned(run_root: Path, name: str) -> Path | None:
+    """The newest run called ``name`` under ``run_root`` that no process writes into: it has ended, or its driver was
+    killed, with or without a checkpoint. None where there is none."""
+    return next((path for path in reversed(_called(run_root, name)) if not _is_open(path)), None)
+
+
+def _called(run_root: Path, name: str) -> list[Path]:
+    """Folders of the runs called ``name``, oldest first."""
     if not run_root.is_dir():
-        return None
+        return []
     matches = {path: _STAMP.fullmatch(path.name) for path in run_root.iterdir() if (path / "config.yaml").is_file()}
-    runs = [
-        (match[1], int(match[3] or 1), path)
-        for path, match in matches.items()
-        if match and match[2] == _slug(name) and any((path / "checkpoints").glob("step-*"))
-    ]
-    return RunFolder.open(max(runs)[-1]) if runs else None
+    found = [(m[1], int(m[3] or 1), path) for path, m in matches.items() if m and m[2] == _slug(name)]
+    return [path for *_, path in sorted(found)]
+
+
+def _is_open(path: Path) -> bool:
+    """Whether some process, this one included, has the run folder open."""
+    try:
+        with (path / ".lock").open("r", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _make_unique(run_root: Path, name: str) -> Path:

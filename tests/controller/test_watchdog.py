@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,13 @@ from rlsys.controller import watchdog
 from rlsys.controller.watchdog import Alarm, Watchdog
 from rlsys.workers.under_way import Wait, under_way, waits
 from rlsys.workers.waits import StopFlag
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # who runs the actors cannot import the tests
+
+
+class Worker:
+    def pid(self) -> int:
+        return os.getpid()
 
 
 def wait(since: float) -> Wait:
@@ -69,7 +77,7 @@ def test_an_actor_in_the_place_of_another_is_written_down_as_soon_as_it_runs(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watchdog, "_ROSTER_S", 3600.0)
-    actor = ray.remote(num_cpus=0)(SimplePid)
+    actor = ray.remote(num_cpus=0)(Worker)
     actors = {"rollout_0": actor.remote()}
     ray.get(actors["rollout_0"].pid.remote())
     dog = Watchdog(tmp_path, HealthConfig(), lambda *_, **__: None, StopFlag(), lambda: actors, local=False)
@@ -83,11 +91,6 @@ def test_an_actor_in_the_place_of_another_is_written_down_as_soon_as_it_runs(
             time.sleep(0.1)
     finally:
         dog.close()
-
-
-class SimplePid:
-    def pid(self) -> int:
-        return os.getpid()
 
 
 def written(folder: Path) -> int:
