@@ -13,6 +13,7 @@ import os
 import random
 import re
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -275,6 +276,7 @@ def main() -> None:
     parser.add_argument("--kill-every", type=int, default=30, help="steps between two kills, on average")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # the run ends with it
     steps, kill_every = (20, 5) if arguments.quick else (arguments.steps, arguments.kill_every)
     # The run's cluster lets in whoever has its token; this process asks it for its object store.
     os.environ["RAY_AUTH_MODE"] = "token"
