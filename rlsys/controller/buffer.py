@@ -13,8 +13,11 @@ is too old is never taken.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 
 PATIENCE = 2
 """So often a group is handed out again because it was too late; then a step waits for it."""
@@ -52,7 +55,8 @@ class GroupBuffer:
         self.version = 0  # of the samplers' weights
         self.step = 0  # of the trainer's
         self._per_step, self._bound, self._ordered = groups_per_step, max_staleness, ordered
-        self._groups: dict[str, Group] = {}
+        self._groups: dict[str, Group] = {}  # by turn: who is handed out again keeps its place
+        self._counts: Counter[State] = Counter()
         self._turns = 0
 
     def __len__(self) -> int:
@@ -64,6 +68,10 @@ class GroupBuffer:
     def within(self, *states: State) -> list[str]:
         """Groups in these states (none given: in any), first handed out first."""
         return [key for key, group in self._groups.items() if not states or group.state in states]
+
+    def count(self, state: State) -> int:
+        """How many groups are in this state, without a look at each."""
+        return self._counts[state]
 
     @property
     def room(self) -> int:
@@ -78,6 +86,7 @@ class GroupBuffer:
         if not self.room:
             raise ValueError("no room for another group")
         self._groups[key] = Group(attempt, self.version, self._turns)
+        self._counts[State.IN_FLIGHT] += 1
         self._turns += 1
         return self._groups[key]
 
@@ -88,17 +97,17 @@ class GroupBuffer:
 
     def ready(self, key: str) -> None:
         """The group is sampled and scored."""
-        self._in(key, State.IN_FLIGHT).state = State.READY
+        self._move(self._in(key, State.IN_FLIGHT), State.READY)
 
     def drop(self, key: str) -> None:
         """The group will not be trained on."""
-        self._in(key, State.IN_FLIGHT, State.READY)
-        del self._groups[key]
+        self._leave(key, State.IN_FLIGHT, State.READY)
 
     def reissue(self, key: str) -> Group:
         """The group is sampled anew, from the present weights. It keeps its turn."""
         group = self._in(key, State.IN_FLIGHT, State.READY)
-        group.attempt, group.version, group.state = group.attempt + 1, self.version, State.IN_FLIGHT
+        group.attempt, group.version = group.attempt + 1, self.version
+        self._move(group, State.IN_FLIGHT)
         return group
 
     def expired(self, step: int) -> list[str]:
@@ -116,32 +125,53 @@ class GroupBuffer:
             step: of the trainer's weights. count: how many; None: those of a whole step.
         """
         count = self._per_step if count is None else count
-        fit = [k for k, g in self._groups.items() if g.state is not State.TAKEN and g.version >= step - self._bound]
-        fit.sort(key=lambda k: self._order(self._groups[k]))
-        # In order: the first ones. Else whoever was late too often and has its last chance now is waited for.
-        first = fit if self._ordered else [k for k in fit if self._has_last_chance(self._groups[k], step)]
-        first = first[:count]
-        if any(self._groups[key].state is not State.READY for key in first):
+        if not count or self._counts[State.READY] < count:
             return None
-        others = [k for k in fit if self._groups[k].state is State.READY and k not in first]
-        chosen = [*first, *others][:count]
-        if len(chosen) < count or not chosen:
+        chosen = self._first(step, count) if self._ordered else self._oldest(step, count)
+        if chosen is None:
             return None
-        chosen.sort(key=lambda key: self._groups[key].turn)
         for key in chosen:
-            self._groups[key].state = State.TAKEN
+            self._move(self._groups[key], State.TAKEN)
         return chosen
 
     def trained(self, key: str) -> None:
         """The group has been trained on."""
-        self._in(key, State.TAKEN)
-        del self._groups[key]
+        self._leave(key, State.TAKEN)
+
+    def _fit(self, step: int) -> Iterator[str]:
+        """Groups that may be trained at ``step``, by turn."""
+        for key, group in self._groups.items():
+            if group.state is not State.TAKEN and group.version >= step - self._bound:
+                yield key
+
+    def _first(self, step: int, count: int) -> list[str] | None:
+        chosen = list(islice(self._fit(step), count))
+        ready = all(self._groups[key].state is State.READY for key in chosen)
+        return chosen if ready and len(chosen) == count else None
+
+    def _oldest(self, step: int, count: int) -> list[str] | None:
+        """Those of the oldest weights; but whoever was late too often and has its last chance now is waited for."""
+        fit = list(self._fit(step))
+        last = [key for key in fit if self._has_last_chance(self._groups[key], step)][:count]
+        if any(self._groups[key].state is not State.READY for key in last):
+            return None
+        others = set(fit).difference(last)
+        ready = [key for key in fit if key in others and self._groups[key].state is State.READY]
+        ready.sort(key=lambda key: self._groups[key].version)  # stable: by turn where that is the same
+        chosen = [*last, *ready][:count]
+        return sorted(chosen, key=lambda key: self._groups[key].turn) if len(chosen) == count else None
 
     def _has_last_chance(self, group: Group, step: int) -> bool:
         return group.late >= PATIENCE and group.version == step - self._bound
 
-    def _order(self, group: Group) -> tuple[int, int]:
-        return (0, group.turn) if self._ordered else (group.version, group.turn)
+    def _move(self, group: Group, state: State) -> None:
+        self._counts[group.state] -= 1
+        self._counts[state] += 1
+        group.state = state
+
+    def _leave(self, key: str, *states: State) -> None:
+        self._counts[self._in(key, *states).state] -= 1
+        del self._groups[key]
 
     def _in(self, key: str, *states: State) -> Group:
         group = self._groups[key]
