@@ -3,16 +3,14 @@
     python -m benchmarks.soak [--steps 500] [--kill-every 30] [--quick] [--json PATH] [--out docs/results]
 
 A run of the bundled model in processes of its own (asynchronous, two samplers, a reference, the rewards, a trainer)
-loses one of its actors by SIGKILL now and then, each role in turn. Meanwhile memory, file handles, processes and the
-object store's bytes are looked at from outside.
+loses one of its actors by SIGKILL now and then, each role in turn. Meanwhile memory, file handles, processes and
+shared memory (Ray's object store, weights) are looked at from outside.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -25,11 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import grpc
 import matplotlib as mpl
 import numpy as np
 import psutil
-from ray.exceptions import RaySystemError
 
 from benchmarks import report
 from benchmarks.report import MIB
@@ -55,7 +51,7 @@ ROLES = {
 }
 QUANTITIES = {
     "memory": ("MiB (PSS)", MIB), "driver_memory": ("MiB (PSS)", MIB), "handles": ("open files", 1),
-    "processes": ("processes", 1), "object_store": ("MiB", MIB),
+    "processes": ("processes", 1), "shared_memory": ("MiB", MIB),
 }  # fmt: skip
 _WARM = 0.25  # share of the steps that does not count: caches and allocators fill
 _LEAK = 0.10  # growth over the counted steps, of the mean, from which on a slope is called a leak
@@ -72,7 +68,7 @@ class Look:
     driver_memory: int
     handles: int
     processes: int
-    object_store: int
+    shared_memory: int
 
 
 @dataclass(frozen=True)
@@ -113,32 +109,18 @@ def actors(processes: Sequence[psutil.Process], role: str) -> list[psutil.Proces
     return [p for p in processes if re.match(rf"ray::{ROLES[role]}\b", command_of(p))]
 
 
-class ObjectStore:
-    """Of the run's own Ray cluster."""
-
-    def __init__(self) -> None:
-        self._nodes: list[tuple[str, int]] = []
-
-    def used(self, processes: Sequence[psutil.Process]) -> int:
-        """Bytes of all nodes, as their raylets say.
-
-        Raises:
-            grpc.RpcError, RaySystemError: the cluster is gone.
-        """
-        from ray._private.internal_api import get_state_from_address, node_stats
-
-        if not self._nodes:
-            commands = "\n".join(command_of(process) for process in processes)
-            address = re.search(r"--gcs-address=(\S+)", commands)
-            if address is None:
-                return 0
-            table = get_state_from_address(address[1]).node_table()
-            self._nodes = [(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in table]
-        stats = [node_stats(host, port, include_memory_info=False).store_stats for host, port in self._nodes]
-        return sum(found.object_store_bytes_used for found in stats)
+def shared_bytes(pid: int) -> int:
+    """A process's share of shared memory: pages that the object store, or weights on their way, have used."""
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss_Shmem:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # it has ended
+    return 0
 
 
-def look(driver: psutil.Process, store: ObjectStore, seconds: float, step: int) -> Look:
+def look(driver: psutil.Process, seconds: float, step: int) -> Look:
     processes = family(driver)
     handles = 0
     for process in processes:
@@ -146,7 +128,8 @@ def look(driver: psutil.Process, store: ObjectStore, seconds: float, step: int) 
             handles += process.num_fds()
     memory = sum(pss_bytes(process.pid) for process in processes)
     own = pss_bytes(driver.pid)
-    return Look(seconds, step, memory, own, handles, len(processes), store.used(processes))
+    shared = sum(shared_bytes(process.pid) for process in processes)
+    return Look(seconds, step, memory, own, handles, len(processes), shared)
 
 
 def step_of(folder: Path) -> int:
@@ -169,12 +152,11 @@ def soak(steps: int, kill_every: int, seed: int, folder: Path) -> tuple[list[Loo
     kills: list[Kill] = []
     due = kill_every
     with log.open("w") as output, started(command, output) as run:
-        driver, began, store = psutil.Process(run.pid), time.monotonic(), ObjectStore()
+        driver, began = psutil.Process(run.pid), time.monotonic()
         while run.poll() is None:
             step, seconds = step_of(folder), time.monotonic() - began
             if step:
-                with suppress(grpc.RpcError, RaySystemError):  # it is ending
-                    looks.append(look(driver, store, seconds, step))
+                looks.append(look(driver, seconds, step))
             if due <= step < steps - 5:
                 time.sleep(chooser.random())  # anywhere in a step
                 role = list(ROLES)[len(kills) % len(ROLES)]
@@ -261,7 +243,8 @@ attempts handed out again; {books["voided_samples"]} samples trained on lineages
 
 ![soak](soak.png)
 
-Memory: proportional set sizes of the driver, of Ray's processes and of all actors; shared pages count once. Growth:
+Memory: proportional set sizes of the driver, of Ray's processes and of all actors; shared pages count once. Shared
+memory: pages of Ray's object store and of weights on their way that have been used. Growth:
 slope of a straight line through all looks but those of the first quarter of the steps, times the steps counted, as a
 share of the mean; ± one standard error. It is called a leak from {100 * _LEAK:.0f} % on, where it is larger than three
 standard errors. A kill takes a process away until another one has started: the lower ends of the ranges.
@@ -278,9 +261,6 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # the run ends with it
     steps, kill_every = (20, 5) if arguments.quick else (arguments.steps, arguments.kill_every)
-    # The run's cluster lets in whoever has its token; this process asks it for its object store.
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         looks, kills, status, said = soak(steps, kill_every, arguments.seed, folder)
