@@ -24,7 +24,7 @@ from training_batches import process_group
 from rlsys.cluster.session import Session
 from rlsys.cluster.topology import one_host
 from rlsys.controller import run as controller
-from rlsys.workers import groups, trainer
+from rlsys.workers import actors, trainer
 
 Run = Callable[..., int]
 
@@ -78,9 +78,12 @@ def one_process() -> Iterator[Run]:
             run_config(*SMALL, "rollout=torch", f"run_root={root / 'runs'}", *overrides, recipe=recipe)
         )
 
-    here = SimpleNamespace(remote=actor, kill=lambda handle: None, ObjectRef=ray.ObjectRef, put=ray.put)
+    def remote(worker: type | None = None, **_: Any) -> Any:
+        return actor if worker is None else actor(worker)
+
+    here = SimpleNamespace(remote=remote, kill=lambda handle: None, ObjectRef=ray.ObjectRef)
     with pytest.MonkeyPatch.context() as patch, process_group():
-        patch.setattr(groups, "ray", here)
+        patch.setattr(actors, "ray", here)
         patch.setattr(controller, "connect", _session)
         patch.setattr(trainer, "init_process_group", lambda *_, **__: None)  # trainer and critic share this one
         patch.setattr(trainer.TrainerWorker, "close", lambda self: None)
