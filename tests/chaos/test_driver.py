@@ -138,6 +138,6 @@ def test_what_a_run_without_a_checkpoint_left_is_ended_by_the_one_that_begins_an
     assert run.ends() == 0
     _, again = run_folders(run.root)
     (event,) = [event for event in read_jsonl(again / "events.jsonl") if event["kind"] == "orphans"]
-    assert {"ray", "rollout_0", "reward_0", "trainer_0"} <= {entry["role"] for entry in event["processes"]}
+    assert "ray" in {entry["role"] for entry in event["processes"]}
     assert not any(is_alive(process) for process in left)
     assert run.left() == []
