@@ -133,6 +133,7 @@ def test_filters_replace_groups_and_a_reference_is_asked(run_job: RunJob, model:
     assert all(line["policy/kl"] >= 0 for line in lines)
 
 
+@pytest.mark.slow
 def test_an_interrupted_stream_goes_on_with_the_groups_that_it_left(
     run_job: RunJob, model: Path, tmp_path: Path
 ) -> None:

@@ -30,7 +30,8 @@ from rlsys import launch as command_line
 from rlsys.checkpoint.store import CheckpointStore
 from rlsys.tracking.metrics import read_metrics
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+# Three whole runs; in `make test` a killed driver stands for them (tests/chaos/test_each_kind.py).
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS, SAMPLES, PROBLEMS = 6, 16, 8
 STOPPED_AT = 3
