@@ -8,13 +8,16 @@ may be given work is the fleets'. The driver moves references and summaries, nev
 
 from __future__ import annotations
 
+import heapq
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -28,10 +31,11 @@ from rlsys.batch.versions import WeightVersion
 from rlsys.config.modes import AsyncController, OneStepOffController, staleness_bound
 from rlsys.config.schema import RunConfig
 from rlsys.controller.buffer import GroupBuffer, State
+from rlsys.controller.group_work import Work, first_of, least_busy, ticket_of
 from rlsys.data.sampler import Place, PromptStream
 from rlsys.engines.rollout.base import InFlight
 from rlsys.tracking.ledger import Ledger, LedgerGroup
-from rlsys.workers.experience import Experience, Shard
+from rlsys.workers.experience import Experience
 from rlsys.workers.fleet import Fleets
 from rlsys.workers.groups import ReferenceGroup, RewardGroup, RolloutGroup
 from rlsys.workers.reward import RewardSummary
@@ -43,34 +47,10 @@ _TICK_S = 0.2  # how often liveness and deadlines are looked at while nothing ar
 _AT_ONCE = 512  # groups under way at one worker; more would wait in its queue, where nobody could give them to another
 _SCORING = 4  # calls under way at the reward actor, and at the reference
 _TOGETHER = 64  # groups in one of these calls
+_SHARED = 16  # prompts that travel together: whoever is asked for one of them unpacks them all
+_TRIES = 3  # so often one group's sampling may pass its deadline; then nobody can sample it
 _STORE_SHARE = 0.4  # of Ray's object store, that groups may take which nobody has trained on yet
-_BYTES_A_TOKEN = 32  # of a group's columns: ids, mask, log-probs, versions, and as much again for what is added
-
-
-@dataclass
-class _Work:
-    """One group on its way. worker: who samples it; since: when it was last handed on, by the monotonic clock."""
-
-    place: Place
-    prompts: ray.ObjectRef
-    row: int
-    worker: int = -1
-    since: float = 0.0
-    columns: ray.ObjectRef | None = None
-    summary: RolloutSummary | None = None
-    reward: tuple[ray.ObjectRef, RewardSummary] | None = None
-    reference: ray.ObjectRef | None = None
-
-    def sampled(self) -> tuple[ray.ObjectRef, RolloutSummary]:
-        assert self.columns is not None
-        assert self.summary is not None
-        return self.columns, self.summary
-
-    def shard(self) -> Shard:
-        columns, summary = self.sampled()
-        assert self.reward is not None
-        rewards, scored = self.reward
-        return Shard((columns, rewards, *([self.reference] if self.reference is not None else [])), summary, scored)
+_GONE = (StopIteration, ActorLost)  # of an index that the group of actors does not have any more
 
 
 @dataclass(frozen=True)
@@ -134,9 +114,15 @@ class Stream:
         ordered = isinstance(config.controller, OneStepOffController)
         self.buffer = GroupBuffer(self._per_step, staleness_bound(config.controller), ordered=ordered)
         self._left = self._interrupted(outstanding)
-        self._work: dict[str, _Work] = {}
-        self._unscored: list[str] = []
-        self._unreferenced: list[str] = []
+        self._work: dict[str, Work] = {}
+        # Sets in the order of their entries, and numbers of what is in _work and _calls: nothing here looks at all
+        # groups because one has moved.
+        self._unsent: dict[str, None] = {}
+        self._unscored: dict[str, None] = {}
+        self._unreferenced: dict[str, None] = {}
+        self._load: Counter[int] = Counter()  # groups under way, by worker
+        self._busy: Counter[str] = Counter()  # calls under way, by phase
+        self._unread_bytes = 0
         self._calls: dict[ray.ObjectRef, tuple[Call, str, list[tuple[str, int]], float]] = {}
         self._asked: dict[ray.ObjectRef, Call] = {}  # what a watchdog sees of them
         self._wait: Wait | None = None
@@ -146,7 +132,7 @@ class Stream:
         self._recorded_rows = recorded_rows
         self._version = WeightVersion(0, 0)
         self._error: BaseException | None = None
-        self._last_ready = time.monotonic()
+        self._last_ready = self._looked = time.monotonic()
         self._closing = False
         self._thread: threading.Thread | None = None
         self._room_bytes = float("inf")
@@ -164,9 +150,10 @@ class Stream:
         with self._changed:
             self.buffer.version = self.buffer.step = version.step
             self._version = version
-            for key in self.buffer.expired(version.step):
-                self._since.counts["late"] += 1
-                self._reissue(key, "too late for the bound on staleness")
+            late = self.buffer.expired(version.step)
+            self._since.counts["late"] += len(late)
+            self._cancel(late)
+            self._reissue(late, "too late for the bound on staleness")
             if self._thread is None:
                 self._room_bytes = _STORE_SHARE * ray.cluster_resources().get("object_store_memory", float("inf"))
                 self._thread = threading.Thread(target=self._pump, name="stream", daemon=True)
@@ -181,7 +168,8 @@ class Stream:
             step: of the trainer's weights.
 
         Raises:
-            DeadlineExceeded: no group has ended for ``deadlines.rollout`` seconds.
+            DeadlineExceeded: no group has ended for ``deadlines.rollout`` seconds, or one of them passed this deadline
+                again and again.
             ActorFailed: an actor raised, or was lost more often than ``health.restarts`` allows.
             StopRequested: ``stop`` was requested.
         """
@@ -212,7 +200,7 @@ class Stream:
             self._ledger.trained([self._entry(key) for key in keys], step, lineage)
             for key in keys:
                 self.buffer.trained(key)
-                del self._work[key]
+                self._drop(key)
             self.buffer.step = step
 
     def checkpoint(self, step: int, lineage: int) -> tuple[dict[str, Any], list[list[int]]]:
@@ -232,8 +220,12 @@ class Stream:
         self._closing = True
         if self._thread is not None:
             self._thread.join(10 * _TICK_S)
-        with self._changed:
+        if not self._changed.acquire(timeout=10 * _TICK_S):
+            return  # the thread hangs in a call of Ray's; the cluster that it waits for is gone
+        try:
             self._cancel(self.buffer.within(State.IN_FLIGHT))
+        finally:
+            self._changed.release()
 
     def _interrupted(self, outstanding: Sequence[Sequence[int]]) -> dict[tuple[Place, int], LedgerGroup]:
         """Place and next attempt of groups that an interrupted run left, each with the attempt that it left."""
@@ -249,7 +241,7 @@ class Stream:
         allowed = self._per_step * max(self._config.algorithm.max_refills, 1)
         if keys is None and self._since.counts["filtered"] >= allowed:
             # As many prompts have been replaced as may be: the step goes on with what has passed.
-            ready = len(self.buffer.within(State.READY))
+            ready = self.buffer.count(State.READY)
             keys = self.buffer.take(step, min(ready, self._per_step)) if ready else None
         return keys
 
@@ -266,8 +258,8 @@ class Stream:
             "async/staleness_mean": float(np.mean(ages)),
             "async/staleness_max": float(np.max(ages)),
             "async/groups": float(len(keys)),
-            "async/ready": float(len(self.buffer.within(State.READY))),
-            "async/in_flight": float(len(self.buffer.within(State.IN_FLIGHT))),
+            "async/ready": float(self.buffer.count(State.READY)),
+            "async/in_flight": float(self.buffer.count(State.IN_FLIGHT)),
             "async/late": float(since.counts["late"]),
             "async/reissued": float(since.counts["reissued"]),
             "async/held_back": float(since.counts["held back"]),
@@ -280,7 +272,8 @@ class Stream:
     def _late(self) -> str:
         under_way = self.buffer.within(State.IN_FLIGHT)
         who = Counter(self._work[key].worker for key in under_way if self._work[key].summary is None)
-        named = "; ".join(f"rollout worker {worker} ({count} groups)" for worker, count in sorted(who.items())[:8])
+        names = {worker: "any sampler" if worker < 0 else f"rollout worker {worker}" for worker in who}
+        named = "; ".join(f"{names[worker]} ({count} groups)" for worker, count in sorted(who.items())[:8])
         waiting = "" if named else f"the reward or reference of {len(under_way)} groups"
         seconds = self._config.deadlines.rollout
         return f"no group ended within {seconds:g} s in phase 'rollout', waiting for {named or waiting}"
@@ -313,6 +306,9 @@ class Stream:
         for fleet in self._fleets.present():
             fleet.poll()
         now, deadlines = time.monotonic(), self._config.deadlines
+        if now - self._looked < _TICK_S:
+            return
+        self._looked = now
         for ref, (call, phase, members, since) in list(self._calls.items()):
             limit = getattr(deadlines, phase)
             if now - since <= limit:
@@ -322,49 +318,57 @@ class Stream:
             self._lost(phase, call, members, error, straggler=True)
 
     def _hand_out(self) -> None:
-        if self._unread_bytes() > self._room_bytes:
-            self._since.counts["held back"] += 1
-            return
-        for index in self._fleets.rollout.leaving():
+        fleet = self._fleets.rollout
+        for index in fleet.leaving():
             if not any(phase == "rollout" and call.index == index for call, phase, *_ in self._calls.values()):
-                self._fleets.rollout.drained(index)
-        free = dict.fromkeys(self._fleets.rollout.ready(), _AT_ONCE)
-        if not free:
-            return
-        for key in self.buffer.within(State.IN_FLIGHT):
-            work = self._work[key]
-            if work.summary is None and work.worker in free:
-                free[work.worker] -= 1
-        waiting = [key for key in self.buffer.within(State.IN_FLIGHT) if self._work[key].worker < 0]
-        room = min(self.buffer.room, max(0, sum(free.values()) - len(waiting)))
-        fresh = self._draw(room) if room else []
-        for key in [*waiting, *fresh][: sum(free.values())]:
-            worker = max(free, key=lambda index: free[index])
-            free[worker] -= 1
-            self._send(key, worker)
+                fleet.drained(index)
+        free = [(self._load[index], index) for index in fleet.ready() if self._load[index] < _AT_ONCE]
+        places = sum(_AT_ONCE - load for load, _ in free)
+        room = min(self.buffer.room, max(0, places - len(self._unsent)))
+        # A step's groups are there to be taken, however full the store is; and who was handed out before goes on.
+        if room and self._unread_bytes > self._room_bytes and len(self.buffer) >= self._per_step:
+            self._since.counts["held back"] += 1
+            room = 0
+        if room:
+            self._draw(room)
+        heapq.heapify(free)
+        for key in list(islice(self._unsent, places)):
+            self._send(key, least_busy(free, self._work[key].shunned, _AT_ONCE))
 
-    def _draw(self, count: int) -> list[str]:
-        """New groups, into the buffer; those that an interrupted run left first."""
-        keys: list[str] = []
-        again = list(self._left)[:count]
+    def _draw(self, count: int) -> None:
+        """New groups, into the buffer; those that an interrupted run left first. What cannot be handed out (the store
+        or the disk is full) stays where it was."""
+        again = list(islice(self._left, count))
+        found: list[tuple[ray.ObjectRef, list[str], list[Place], list[int]]] = []
+
+        def put(batch: DataProto, places: list[Place], attempts: list[int]) -> None:
+            found.append((ray.put(batch), [str(uid) for uid in batch.non_tensor_batch["uid"]], places, attempts))
+
+        stood = self._prompts.state_dict()
+        try:
+            for part in (again[i : i + _SHARED] for i in range(0, len(again), _SHARED)):
+                places = [place for place, _ in part]
+                put(self._prompts.again(places), places, [attempt for _, attempt in part])
+            for missing in range(count - len(again), 0, -_SHARED):
+                batch, places = self._prompts.draw(min(missing, _SHARED))
+                put(batch, places, [0] * len(places))
+            samples = self._config.rollout.samples_per_prompt
+            issued = [
+                LedgerGroup(uid, attempt, samples)
+                for _, uids, _, attempts in found
+                for uid, attempt in zip(uids, attempts, strict=True)
+            ]
+            self._ledger.issued(issued, self._version)
+        except BaseException:
+            self._prompts.load_state_dict(stood)
+            raise
         for one in again:
             del self._left[one]
-        batches: list[tuple[DataProto, list[Place], list[int]]] = []
-        if again:
-            places = [place for place, _ in again]
-            batches.append((self._prompts.again(places), places, [attempt for _, attempt in again]))
-        if count > len(again):
-            batch, places = self._prompts.draw(count - len(again))
-            batches.append((batch, places, [0] * len(places)))
-        for batch, places, attempts in batches:
-            shared = ray.put(batch)
-            uids = [str(uid) for uid in batch.non_tensor_batch["uid"]]
+        for shared, uids, places, attempts in found:
             for row, (uid, place, attempt) in enumerate(zip(uids, places, attempts, strict=True)):
                 self.buffer.hand_out(uid, attempt=attempt)
-                self._work[uid] = _Work(place, shared, row)
-            keys += uids
-        self._ledger.issued([self._entry(key) for key in keys], self._version)
-        return keys
+                self._work[uid] = Work(place, shared, row)
+                self._unsent[uid] = None
 
     def _send(self, key: str, worker: int) -> None:
         group, work = self.buffer[key], self._work[key]
@@ -376,18 +380,21 @@ class Stream:
             run_seed=config.seed,
             attempt=group.attempt,
         )
-        work.worker, work.since = worker, time.monotonic()
-        call = self._pools.rollout.generate_one(
-            worker, work.prompts, work.row, request, ticket=_ticket(key, group.attempt)
-        )
+        ticket = ticket_of(key, group.attempt)
+        try:
+            call = self._pools.rollout.generate_one(worker, work.prompts, work.row, request, ticket=ticket)
+        except _GONE:  # meanwhile, as another thread found out: the next one who is ready has it
+            return
+        work.worker = worker
+        self._load[worker] += 1
+        del self._unsent[key]
         self._follow(call, "rollout", [key])
 
     def _score(self) -> None:
         """Hands sampled groups to the reward actor and the reference, a bounded number at a time."""
-        busy = Counter(phase for _, phase, *_ in self._calls.values())
         step_rows = self._per_step * self._config.rollout.samples_per_prompt
-        while self._unscored and busy["reward"] < _SCORING and self._fleets.reward.ready():
-            keys, self._unscored = self._unscored[:_TOGETHER], self._unscored[_TOGETHER:]
+        while self._unscored and self._busy["reward"] < _SCORING and self._fleets.reward.ready():
+            keys = first_of(self._unscored, _TOGETHER)
             shards, wanted = [], []
             for key in keys:
                 work = self._work[key]
@@ -397,20 +404,19 @@ class Stream:
                 self._since.recorded += wanted[-1]
             rewards, call = self._pools.reward.score(shards, record_rows=wanted, step_rows=step_rows, payload=None)
             self._follow(call, "reward", keys, payload=rewards)
-            busy["reward"] += 1
         fleet = self._fleets.reference
-        while self._unreferenced and fleet is not None and busy["reference"] < _SCORING and fleet.ready():
+        while self._unreferenced and fleet is not None and self._busy["reference"] < _SCORING and fleet.ready():
             assert self._pools.reference is not None
-            keys, self._unreferenced = self._unreferenced[:_TOGETHER], self._unreferenced[_TOGETHER:]
+            keys = first_of(self._unreferenced, _TOGETHER)
             logprobs, call = self._pools.reference.logprobs([self._work[key].sampled()[0] for key in keys])
             self._follow(call, "reference", keys, payload=logprobs)
-            busy["reference"] += 1
 
     def _follow(self, call: Call, phase: str, keys: Sequence[str], payload: Any = None) -> None:
         if payload is not None:
             call = replace(call, payload=payload)
         members = [(key, self.buffer[key].attempt) for key in keys]
         self._calls[call.ref] = (call, phase, members, time.monotonic())
+        self._busy[phase] += 1
         self._asked[call.ref] = call
         call.ref.future().add_done_callback(partial(self._note, call.ref))
 
@@ -425,9 +431,10 @@ class Stream:
         call, phase, members, _ = found
         wanted = [(i, key) for i, (key, attempt) in enumerate(members) if self.buffer.is_expected(key, attempt)]
         try:
-            answer = future.result() if future.exception() is None else self._raised(call, phase, wanted)
-        except (ActorLost, DeadlineExceeded) as error:
-            self._lost(phase, call, members, error)
+            error = future.exception()
+            answer = future.result() if error is None else self._raised(error, call, phase, bool(wanted))
+        except (ActorLost, DeadlineExceeded) as lost:
+            self._lost(phase, call, members, lost)
             return
         if answer is None:
             return
@@ -445,22 +452,26 @@ class Stream:
         self._asked.pop(ref, None)
         if self._wait is not None:
             self._wait.answered()
-        return self._calls.pop(ref, None)
+        found = self._calls.pop(ref, None)
+        if found is not None:
+            self._busy[found[1]] -= 1
+        return found
 
-    def _raised(self, call: Call, phase: str, wanted: list[tuple[int, str]]) -> Any:
-        """What a call that failed raises; None where nobody waits for it: it was cancelled."""
-        cause = getattr(call.ref.future().exception(), "cause", None)
-        if isinstance(cause, Cancelled) and not wanted:
+    def _raised(self, error: BaseException, call: Call, phase: str, wanted: bool) -> Any:
+        """Raises what a call failed with; None where nobody waits for it: it was cancelled."""
+        if isinstance(getattr(error, "cause", None), Cancelled) and not wanted:
             return None
         return fetch(call, phase, getattr(self._config.deadlines, phase), time.monotonic())
 
     def _sampled(self, key: str, columns: ray.ObjectRef, summary: RolloutSummary) -> None:
         work = self._work[key]
+        self._load[work.worker] -= 1
         work.columns, work.summary = columns, summary
+        self._unread_bytes += work.unread_bytes
         self._ledger.received([self._entry(key)])
-        self._unscored.append(key)
+        self._unscored[key] = None
         if self._pools.reference is not None:
-            self._unreferenced.append(key)
+            self._unreferenced[key] = None
 
     def _rewarded(self, key: str, columns: ray.ObjectRef, summary: RewardSummary) -> None:
         work, since = self._work[key], self._since
@@ -475,7 +486,8 @@ class Stream:
                 since.counts["filtered"] += 1
                 since.filters.update(counts)
                 self._ledger.filtered([self._entry(key)], ", ".join(name for name, number in counts.items() if number))
-                self._forget(key)
+                self.buffer.drop(key)
+                self._drop(key)
                 return
         self._settle(key)
 
@@ -494,14 +506,21 @@ class Stream:
 
         Raises:
             ActorFailed: it was lost too often.
+            DeadlineExceeded: these samples were late too often.
         """
         keys = [key for key, attempt in members if self.buffer.is_expected(key, attempt)]
         if phase == "rollout":
             self._fleets.rollout.reissued(len(keys))
-            for key in keys:
-                self._since.counts["reissued"] += 1
-                self._reissue(key, str(error).splitlines()[0])
+            self._since.counts["reissued"] += len(keys)
             if straggler:  # the sampler answers others; one that does not is found by its silence
+                self._cancel(keys)
+                for key in keys:
+                    self._work[key].late += 1
+                    if self._work[key].late >= _TRIES:
+                        raise error
+                self._last_ready = time.monotonic()  # who has it now is given as long
+            self._reissue(keys, str(error).splitlines()[0])
+            if straggler:
                 return
             self._fleets.rollout.lost(call.index, error, life=call.life, phase=phase)
             return
@@ -509,44 +528,39 @@ class Stream:
         assert fleet is not None
         fleet.lost(call.index, error, life=call.life, phase=phase)
         waiting = self._unscored if phase == "reward" else self._unreferenced
-        waiting += keys
+        waiting.update(dict.fromkeys(keys))
 
-    def _reissue(self, key: str, why: str) -> None:
+    def _reissue(self, keys: Sequence[str], why: str) -> None:
         """From the beginning, by another worker where there is one."""
-        if self.buffer[key].state is State.IN_FLIGHT:
-            self._cancel([key])
-        work = self._work[key]
-        self._ledger.reissued([self._entry(key)], why)
-        self.buffer.reissue(key)
-        self._ledger.issued([self._entry(key)], self._version)
-        self._work[key] = _Work(work.place, work.prompts, work.row)
-        self._no_longer_waits(key)
+        if not keys:
+            return
+        self._ledger.reissued([self._entry(key) for key in keys], why)
+        for key in keys:
+            self.buffer.reissue(key)
+            work = self._drop(key)
+            self._work[key] = Work(work.place, work.prompts, work.row, shunned=work.worker, late=work.late)
+            self._unsent[key] = None
+        self._ledger.issued([self._entry(key) for key in keys], self._version)
 
-    def _forget(self, key: str) -> None:
-        self.buffer.drop(key)
-        del self._work[key]
-        self._no_longer_waits(key)
-
-    def _no_longer_waits(self, key: str) -> None:
-        self._unscored = [other for other in self._unscored if other != key]
-        self._unreferenced = [other for other in self._unreferenced if other != key]
+    def _drop(self, key: str) -> Work:
+        """Nothing that was done for this group counts any more."""
+        work = self._work.pop(key)
+        if work.under_way:
+            self._load[work.worker] -= 1
+        self._unread_bytes -= work.unread_bytes
+        for waiting in (self._unsent, self._unscored, self._unreferenced):
+            waiting.pop(key, None)
+        return work
 
     def _cancel(self, keys: Sequence[str]) -> None:
         """Tells the samplers that nobody waits for these any more. Their answers are not waited for."""
         by_worker: dict[int, list[str]] = {}
         for key in keys:
-            if self._work[key].worker >= 0 and self._work[key].summary is None:
-                by_worker.setdefault(self._work[key].worker, []).append(_ticket(key, self.buffer[key].attempt))
+            if self._work[key].under_way:
+                by_worker.setdefault(self._work[key].worker, []).append(ticket_of(key, self.buffer[key].attempt))
         for worker, tickets in by_worker.items():
-            self._pools.rollout.cancel(worker, tickets)
-
-    def _unread_bytes(self) -> float:
-        found = [work.summary for work in self._work.values() if work.summary is not None]
-        return sum(float((s.prompt_lengths + s.response_lengths).sum()) for s in found) * _BYTES_A_TOKEN
+            with suppress(*_GONE):
+                self._pools.rollout.cancel(worker, tickets)
 
     def _entry(self, key: str) -> LedgerGroup:
         return LedgerGroup(key, self.buffer[key].attempt, self._config.rollout.samples_per_prompt)
-
-
-def _ticket(key: str, attempt: int) -> str:
-    return f"{key}.{attempt}"
