@@ -292,11 +292,12 @@ class Job:
                 number = self.state.step * config.trainer.updates_per_step + u + 1
                 totals.append(self._update(u, advantages, step_state.settings(config, self._extra, step)))
                 self._extra = step_state.after_update(config, self._extra, totals[-1], number)
-            self.stop.grace_s, self.whole = 0.0, True
+            self.stop.grace_s = 0.0
+        self.source.trained(step, self.state.lineage)  # before the step counts: no checkpoint may miss it
+        self.whole = True
         self._metrics |= combine_updates(totals)
         extra = self._extra | ({"pairs": self.pairs.state_dict()} if self.pairs is not None else {})
         self.state = replace(self.state, step=step, extra=extra)
-        self.source.trained(step, self.state.lineage)
         self._unwritten = (experience, advantages)
 
     def _update(self, u: int, advantages: np.ndarray, settings: StepSettings) -> dict[str, float]:
@@ -584,8 +585,7 @@ class Job:
             self.observers.folder.log_failure({"step": step, **failure})
 
     def _require_fresh(self, experience: Experience) -> None:
-        """Nothing is trained on that is older than the controller's bound, or from weights of another lineage that the
-        trainer's do not come from."""
+        """Nothing is trained on that is older than the controller's bound."""
         bound = staleness_bound(self.config.controller)
         for shard in experience.shards:
             oldest = shard.rollout.oldest_version

@@ -260,13 +260,14 @@ def _with_these_samplers(
         _pause(backoff_s(restarts.used), watch.stop)
         inputs = check_inputs(config)
         origin = last_origin(observers.folder, config, _beginning(inputs))
-        try:
-            actors.replace_trainers()
-        except ActorLost as error:  # counts as another loss
-            observers.folder.log_event("trainer lost", f"while starting again: {error}", step=origin.state.step)
-            if not restarts.allow(ending.step):
-                return replace(ending, reason=str(error))
-            actors.replace_trainers()
+        while True:
+            try:
+                actors.replace_trainers()
+                break
+            except ActorLost as error:  # counts as another loss
+                observers.folder.log_event("trainer lost", f"while starting again: {error}", step=origin.state.step)
+                if not restarts.allow(ending.step):
+                    return replace(ending, reason=str(error))
         dog.write_roster()
         seconds = time.monotonic() - began
         text = f"trainers started again in {seconds:.1f} s; going on from step {origin.state.step}"

@@ -12,7 +12,7 @@ from rlsys.batch.versions import WeightVersion
 from rlsys.cluster.placement import ActorSpec
 from rlsys.cluster.session import Placement
 from rlsys.config.schema import DeadlineConfig
-from rlsys.workers.waits import ActorFailed, Call, DeadlineExceeded, StopFlag, as_completed, gather
+from rlsys.workers.waits import ActorFailed, ActorLost, Call, DeadlineExceeded, StopFlag, as_completed, gather
 
 _CLOSE_S = 5.0
 
@@ -109,7 +109,15 @@ class Group:
         return [actor for actor in self._actors if actor.spec.index in reachable]
 
     def at(self, index: int) -> Actor:
-        return next(actor for actor in self._actors if actor.spec.index == index)
+        """The actor of this index.
+
+        Raises:
+            ActorLost: it has left.
+        """
+        for actor in self._actors:
+            if actor.spec.index == index:
+                return actor
+        raise ActorLost(f"{self.role} worker {index} has left")
 
     def ping(self, index: int) -> Call:
         """Answered at once, whatever the actor is at."""
@@ -159,13 +167,15 @@ class Group:
     def _gather(self, calls: list[Call], phase: str, *, stop: bool = True) -> list[Any]:
         return gather(calls, phase=phase, seconds=getattr(self._deadlines, phase), stop=self._stop if stop else None)
 
-    def _answers(self, calls: Sequence[Call], phase: str, *, stop: bool = True) -> list[tuple[Call, Any]]:
+    def _answers(
+        self, calls: Sequence[Call], phase: str, *, stop: bool = True, longer_s: float = 0.0
+    ) -> list[tuple[Call, Any]]:
         """Calls and answers, in the order of the calls, without those of actors that were lost meanwhile; these are
-        told to the watcher, and raised where there is none."""
+        told to the watcher, and raised where there is none. longer_s: beyond the phase's deadline."""
         waited = as_completed(
             calls,
             phase=phase,
-            seconds=getattr(self._deadlines, phase),
+            seconds=getattr(self._deadlines, phase) + longer_s,
             stop=self._stop if stop else None,
             recover=_WithoutTheLost(self._watcher, phase) if self._watcher is not None else None,
         )

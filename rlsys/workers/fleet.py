@@ -264,7 +264,8 @@ class Fleet:
         spec = self._group.at(index).spec
         if spec.node is None or any(n["NodeID"] == spec.node and n["Alive"] for n in ray.nodes()):
             return False
-        if self._holds_weights and any(h.alive for other, h in self._health.items() if other != index):
+        staying = {other: health for other, health in self._health.items() if other not in {index, *self._leaving}}
+        if self._holds_weights and any(health.alive for health in staying.values()):
             self._forget(index, "its host has left the cluster")
             return True
         if not spec.gpus:

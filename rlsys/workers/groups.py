@@ -133,7 +133,9 @@ class RolloutGroup(Group):
             SyncError: a sampler's checksum is not the sender's.
         """
         calls = self._updates(sent, version, in_flight, only)
-        return self._checked(sent, version, self._answers(calls, "sync"))
+        # Who lets sequences end first may take as long as the longest of them.
+        finishing_s = self._deadlines.rollout if in_flight == "finish" else 0.0
+        return self._checked(sent, version, self._answers(calls, "sync", longer_s=finishing_s))
 
     def receive_broadcast(
         self, trainer: TrainerGroup, dtype: str, request: SendRequest, in_flight: InFlight = "finish"
