@@ -49,8 +49,14 @@ def end_elsewhere(folder: Path) -> list[Process]:
 
 
 def end(processes: Sequence[Process]) -> list[Process]:
-    """Kills those that are of this host and alive, and what is below them. Returns them, without what was below."""
-    left = [process for process in processes if is_alive(process) and process.pid != os.getpid()]
+    """Kills those that are of this host and alive, and what is below them. Returns them, without what was below.
+
+    Nothing where this process itself is one of them: several runs follow one another in it (a notebook), the earlier
+    one came to its end, and what is below is in use.
+    """
+    left = [process for process in processes if is_alive(process)]
+    if any(process.pid == os.getpid() for process in left):
+        return []
     doomed = {(process.pid, process.started) for process in left}
     for process in left:
         with suppress(psutil.Error):

@@ -83,3 +83,12 @@ def test_a_file_that_cannot_be_read_ends_nobody(content: str, tmp_path: Path) ->
     (tmp_path / processes.NAME).write_text(content)
     assert end_here(tmp_path) == []
     assert end_here(tmp_path / "nothing") == []
+
+
+def test_nothing_is_ended_by_the_process_that_the_earlier_run_was_driven_by(
+    parent: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    child_of(parent)
+    processes.write(tmp_path, [written(os.getpid()), written(parent.pid)])
+    assert end_here(tmp_path) == []
+    assert parent.poll() is None
