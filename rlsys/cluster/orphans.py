@@ -51,11 +51,11 @@ def end_elsewhere(folder: Path) -> list[Process]:
 def end(processes: Sequence[Process]) -> list[Process]:
     """Kills those that are of this host and alive, and what is below them. Returns them, without what was below.
 
-    Nothing where this process itself is one of them: several runs follow one another in it (a notebook), the earlier
-    one came to its end, and what is below is in use.
+    Nothing where the driver is alive, this process or another: it has let go of the run folder, so that its run came to
+    an end, and it goes on with something else (a notebook), for which it needs what is below it.
     """
     left = [process for process in processes if is_alive(process)]
-    if any(process.pid == os.getpid() for process in left):
+    if any(process.role == "driver" or process.pid == os.getpid() for process in left):
         return []
     doomed = {(process.pid, process.started) for process in left}
     for process in left:

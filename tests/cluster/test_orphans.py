@@ -92,3 +92,12 @@ def test_nothing_is_ended_by_the_process_that_the_earlier_run_was_driven_by(
     processes.write(tmp_path, [written(os.getpid()), written(parent.pid)])
     assert end_here(tmp_path) == []
     assert parent.poll() is None
+
+
+def test_a_driver_that_lives_on_keeps_what_is_below_it(parent: subprocess.Popen[str], tmp_path: Path) -> None:
+    child = child_of(parent)
+    processes.write(tmp_path, [replace(written(parent.pid), role="driver"), replace(written(child), role="ray")])
+    assert end_here(tmp_path) == []
+    assert processes.started(child) is not None
+    assert parent.poll() is None
+    os.kill(child, 9)
