@@ -27,7 +27,7 @@ TINY = (
     "trainer.lr=1e-2",
     "checkpoint.every=1",
     "checkpoint.keep_last=9",
-    "reward.parts.correct.use=plugins_for_runs.digits",
+    "reward.parts.correct.use=rewards_for_runs.digits",
 )
 STEPS, SAMPLES = 4, 16
 QUIET_S = 1.0  # after which a run without a new step is waiting for who was stopped

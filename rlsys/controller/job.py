@@ -489,7 +489,8 @@ class Job:
         does; of trainers all, whose FLOPs add up."""
         if len(group) <= _READ_AT_ONCE or self.profile is not None or isinstance(group, TrainerGroup):
             return None
-        return [(self.state.step * _READ_AT_ONCE + i) % len(group) for i in range(_READ_AT_ONCE)]
+        indices = list(group.specs())  # some may have left
+        return [indices[(self.state.step * _READ_AT_ONCE + i) % len(indices)] for i in range(_READ_AT_ONCE)]
 
     def _log(self, metrics: dict[str, float]) -> None:
         self.observers.folder.log_metrics(metrics, step=self.state.step, lineage=self.state.lineage)

@@ -257,17 +257,20 @@ def _with_these_samplers(
         who = ", ".join(ending.trainers)
         observers.folder.log_event("trainer lost", f"{who}: {ending.reason}", step=ending.step)
         observers.display.note(f"{who} died; starting again from the last checkpoint", alert=True)
-        _pause(backoff_s(restarts.used), watch.stop)
         inputs = check_inputs(config)
         origin = last_origin(observers.folder, config, _beginning(inputs))
-        while True:
-            try:
-                actors.replace_trainers()
-                break
-            except ActorLost as error:  # counts as another loss
-                observers.folder.log_event("trainer lost", f"while starting again: {error}", step=origin.state.step)
-                if not restarts.allow(ending.step):
-                    return replace(ending, reason=str(error))
+        try:
+            _pause(backoff_s(restarts.used), watch.stop)
+            while True:
+                try:
+                    actors.replace_trainers()
+                    break
+                except ActorLost as error:  # counts as another loss
+                    observers.folder.log_event("trainer lost", f"while starting again: {error}", step=origin.state.step)
+                    if not restarts.allow(ending.step):
+                        return replace(ending, reason=str(error))
+        except StopRequested:  # the checkpoint that trainers were to go on from stands
+            return watch.ending(dog, origin.state.step)
         dog.write_roster()
         seconds = time.monotonic() - began
         text = f"trainers started again in {seconds:.1f} s; going on from step {origin.state.step}"

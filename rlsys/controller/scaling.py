@@ -93,10 +93,11 @@ class Scaling:
             self.report(f"the number of samplers stays: {self.fixed}")
             return
         leaving = set(self.fleet.leaving())
-        specs = {index: spec for index, spec in self.specs().items() if index not in leaving}
-        for index in sorted(specs)[wanted:]:
+        specs = self.specs()
+        staying = [index for index in sorted(specs) if index not in leaving]
+        for index in staying[wanted:]:
             self.fleet.leave(index)
-        if (more := wanted - len(specs)) > 0:
+        if (more := wanted - len(staying)) > 0:
             self._join(specs[max(specs)], more)
 
     def _join(self, model: ActorSpec, more: int) -> None:

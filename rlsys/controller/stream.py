@@ -319,9 +319,6 @@ class Stream:
 
     def _hand_out(self) -> None:
         fleet = self._fleets.rollout
-        for index in fleet.leaving():
-            if not any(phase == "rollout" and call.index == index for call, phase, *_ in self._calls.values()):
-                fleet.drained(index)
         free = [(self._load[index], index) for index in fleet.ready() if self._load[index] < _AT_ONCE]
         places = sum(_AT_ONCE - load for load, _ in free)
         room = min(self.buffer.room, max(0, places - len(self._unsent)))
@@ -417,6 +414,8 @@ class Stream:
         members = [(key, self.buffer[key].attempt) for key in keys]
         self._calls[call.ref] = (call, phase, members, time.monotonic())
         self._busy[phase] += 1
+        if phase == "rollout":
+            self._fleets.rollout.busy(call.index)
         self._asked[call.ref] = call
         call.ref.future().add_done_callback(partial(self._note, call.ref))
 
@@ -454,7 +453,10 @@ class Stream:
             self._wait.answered()
         found = self._calls.pop(ref, None)
         if found is not None:
-            self._busy[found[1]] -= 1
+            call, phase, *_ = found
+            self._busy[phase] -= 1
+            if phase == "rollout":
+                self._fleets.rollout.done(call.index)
         return found
 
     def _raised(self, error: BaseException, call: Call, phase: str, wanted: bool) -> Any:

@@ -4,7 +4,7 @@
     {"event": "trained", "time": …, "step": …, "lineage": …, "groups": […]}
 
 A sample's id is ``UID#INDEX``, of one attempt. A group is handed out (``issued``), comes back whole (``received``) and
-is ``trained``, or it is ``filtered`` or ``failed``; an attempt that is given up (``reissued``) is followed by another
+is ``trained`` or ``filtered``; an attempt that is given up (``reissued``) is followed by another
 ``issued`` with a higher attempt. The file is append-only. What a crash made void is not taken out of it: ``resumed``
 says from which checkpoint the run went on, and :func:`audit` follows the lineage that survived.
 """
@@ -74,10 +74,6 @@ class Ledger:
         """Given up, to be handed out again. groups: with the attempt that is given up."""
         self._append("reissued", groups, why=why)
 
-    def failed(self, groups: Sequence[LedgerGroup], why: str) -> None:
-        """Given up for good: a failure of their data."""
-        self._append("failed", groups, why=why)
-
     def trained(self, groups: Sequence[LedgerGroup], step: int, lineage: int) -> None:
         """Part of the optimiser steps that end step ``step`` (the one that ``metrics.jsonl`` calls so)."""
         self._append("trained", groups, step=step, lineage=lineage)
@@ -86,7 +82,7 @@ class Ledger:
         """The state of step ``step`` is about to become a checkpoint; the line is on the disk when this returns.
 
         Args:
-            outstanding: all groups that were handed out and are neither trained, filtered nor failed, as whoever keeps
+            outstanding: all groups that were handed out and are neither trained nor filtered, as whoever keeps
                 them has them: one that the ledger knows and this list does not is lost. No other line may be written
                 between the moment that the list (and what the checkpoint has of it) is of and this one.
         """
@@ -137,7 +133,6 @@ class State(StrEnum):
     WAITING = "waiting"
     TRAINED = "trained"
     FILTERED = "filtered"
-    FAILED = "failed"
     LOST = "lost"
 
 
@@ -314,7 +309,7 @@ class _Replay:
             self._wrong(Kind.ORDER, given, "was received and never handed out")
         elif known.state is State.IN_FLIGHT and known.attempt == given.attempt:
             known.state = State.READY
-        elif known.attempt > given.attempt or known.state in (State.WAITING, State.FILTERED, State.FAILED):
+        elif known.attempt > given.attempt or known.state in (State.WAITING, State.FILTERED):
             self.late += 1
         else:
             self._wrong(Kind.ORDER, given, f"was received as attempt {given.attempt} while it was {_of(known)}")
@@ -324,9 +319,6 @@ class _Replay:
 
     def _filtered(self, given: LedgerGroup) -> None:
         self._leave(given, State.FILTERED, "filtered")
-
-    def _failed(self, given: LedgerGroup) -> None:
-        self._leave(given, State.FAILED, "failed")
 
     def _leave(self, given: LedgerGroup, state: State, verb: str) -> None:
         known = self.groups.get(given.uid)
@@ -394,7 +386,7 @@ def _trained_samples(lines: Iterable[Mapping[str, Any]]) -> int:
     return sum(group.samples for line in lines if line["event"] == "trained" for group in line["groups"])
 
 
-_EVENTS = ("issued", "received", "filtered", "reissued", "failed", "trained", "checkpointed", "resumed")
+_EVENTS = ("issued", "received", "filtered", "reissued", "trained", "checkpointed", "resumed")
 _WITH_STEP = ("trained", "checkpointed", "resumed")
 
 

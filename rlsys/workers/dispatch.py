@@ -23,9 +23,9 @@ class Pool(Protocol):
 
     def reissued(self, count: int = 1) -> None: ...
 
-    def leaving(self) -> list[int]: ...
+    def busy(self, index: int) -> None: ...
 
-    def drained(self, index: int) -> None: ...
+    def done(self, index: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Unwatched:
     def reissued(self, count: int = 1) -> None:
         """Nothing ever is."""
 
-    def leaving(self) -> list[int]:
-        return []
+    def busy(self, index: int) -> None:
+        """Nobody leaves."""
 
-    def drained(self, index: int) -> None:
+    def done(self, index: int) -> None:
         """Nobody leaves."""
 
 
@@ -90,9 +90,6 @@ class Dispatch(Generic[Work]):
 
     def calls(self) -> list[Call]:
         """Gives waiting work to those that are ready, the least busy first. Returns the calls."""
-        for index in self._pool.leaving():
-            if not self._load[index]:
-                self._pool.drained(index)
         if not self._waiting:
             return []
         made = []
@@ -107,12 +104,14 @@ class Dispatch(Generic[Work]):
             call = self._issue(index, work)
             self._given[call.ref] = work
             self._load[index] += 1
+            self._pool.busy(index)
             made.append(call)
         return made
 
     def done(self, call: Call) -> Work:
         """This call has been answered. Returns what it was about."""
         self._load[call.index] -= 1
+        self._pool.done(call.index)
         return self._given.pop(call.ref)
 
     def lost(self, call: Call, error: Exception) -> None:

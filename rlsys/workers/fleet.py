@@ -86,6 +86,7 @@ class Fleet:
         self._starts: dict[int, _Asked] = {}
         self._losses: dict[int, _Loss] = {}
         self._leaving: set[int] = set()
+        self._at_work: Counter[int] = Counter()  # calls under way, as those who made them say
         self._ended: SimpleQueue[tuple[Call, Future]] = SimpleQueue()
         self._polled = self._pinged = clock()
         self._since: Counter[str] = Counter()
@@ -129,6 +130,17 @@ class Fleet:
         self._health = {index: health.weights_wanted(version) for index, health in self._health.items()}
         for index, life in lives:
             self._health[index] = self._health[index].weights_given(version, life)
+
+    def busy(self, index: int) -> None:
+        """Work has been given to this one. Whoever gave it says :meth:`done` when nobody waits for it any more."""
+        with self._lock:
+            self._at_work[index] += 1
+
+    def done(self, index: int) -> None:
+        """One piece of its work has ended, however."""
+        with self._lock:
+            self._at_work[index] -= 1
+            self._let_go(index)
 
     # --- what happens to them ---
 
@@ -206,24 +218,20 @@ class Fleet:
         """Gives this actor no more work.
 
         Args:
-            finish: what it is at may end first (:meth:`drained`); else it is ended, and that is done by others.
+            finish: what it is at may end first; else it is ended, and that is done by others.
         """
         with self._lock:
             if index in self._health:
                 self._leaving.add(index)
-                if not finish:
-                    self.drained(index)
+                if finish:
+                    self._let_go(index)
+                else:
+                    self._forget(index, "it was asked to")
 
     def leaving(self) -> list[int]:
         """Those that leave as soon as nothing is under way at them."""
         with self._lock:
             return [index for index in self._leaving if index in self._health]
-
-    def drained(self, index: int) -> None:
-        """Nothing is under way any more at one that is leaving."""
-        with self._lock:
-            if index in self._health and index in self._leaving:
-                self._forget(index, "it was asked to")
 
     # --- inside; the lock is held ---
 
@@ -271,6 +279,11 @@ class Fleet:
         if not spec.gpus:
             self._group.moved(index, node=None, bundle=None)
         return False
+
+    def _let_go(self, index: int) -> None:
+        """One that is leaving and has nothing to do any more."""
+        if index in self._health and index in self._leaving and not self._at_work[index]:
+            self._forget(index, "it was asked to")
 
     def _forget(self, index: int, why: str) -> None:
         name = self._name(index)

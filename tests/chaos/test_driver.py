@@ -79,7 +79,7 @@ def test_a_reward_that_never_returns_leaves_the_stack_that_names_it_and_ends_the
         "steps=9",
         "checkpoint.every=1000",
         "reward.timeout_s=3000",
-        "reward.parts.correct.use=plugins_for_runs.gated_digits",
+        "reward.parts.correct.use=rewards_for_runs.gated_digits",
         f"+reward.parts.correct.args={{gate: '{gate}', after: {2 * SAMPLES}}}",
         "health.stall_s=4",
         "health.on_stall=stop",
@@ -90,7 +90,7 @@ def test_a_reward_that_never_returns_leaves_the_stack_that_names_it_and_ends_the
     assert [entry["actor"] for entry in stall["actors"]] == ["reward worker 0"]
     stacks = {path.stem: path.read_text() for path in Path(stall["stacks"]).iterdir()}
     assert set(stacks) == {"driver", "trainer_0", "rollout_0", "reward_0"}
-    assert "gated_digits (plugins_for_runs.py" in stacks["reward_0"]
+    assert "gated_digits (rewards_for_runs.py" in stacks["reward_0"]
     assert "workers/waits.py" in stacks["driver"]
     newest = CheckpointStore(run.folder / "checkpoints", 1, False).latest()
     assert newest is not None
@@ -122,7 +122,7 @@ def test_what_a_run_without_a_checkpoint_left_is_ended_by_the_one_that_begins_an
     overrides = (
         "steps=2",
         "reward.timeout_s=3000",
-        "reward.parts.correct.use=plugins_for_runs.gated_digits",
+        "reward.parts.correct.use=rewards_for_runs.gated_digits",
         f"+reward.parts.correct.args={{gate: '{gate}', after: 0}}",
     )
     run = chaos(*overrides)

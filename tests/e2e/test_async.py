@@ -27,7 +27,7 @@ TINY = (
     "eval.problems=4",
     "checkpoint.every=2",
     "algorithm.loss=decoupled_ppo",
-    "reward.parts.correct.use=plugins_for_runs.digits",
+    "reward.parts.correct.use=rewards_for_runs.digits",
     "tracker.rollouts=1000",
 )
 

@@ -26,13 +26,13 @@ TINY = (
     "checkpoint.keep_last=9",
     "checkpoint.export=false",
 )
-DIGITS = "reward.parts.correct.use=plugins_for_runs.digits"
+DIGITS = "reward.parts.correct.use=rewards_for_runs.digits"
 # In the second step one group's advantages are above what the loss is defined for.
 PROMPTS = ["a", "b", "c", "d", "e", "f", "spike", "g", "h", "i", "j", "k"]
 FROM_FILE = ("data=file", "data.shuffle=false", "data.max_prompt_tokens=16", "data.max_response_tokens=8")
 FRAGILE = (
     *FROM_FILE,
-    "reward.parts.correct.use=plugins_for_runs.spiky_digits",
+    "reward.parts.correct.use=rewards_for_runs.spiky_digits",
     "algorithm.loss=plugins_for_runs.fragile",
     "+algorithm.loss_options.limit=1.5",
     "+algorithm.advantage_options.std=none",

@@ -90,7 +90,7 @@ def test_every_family_trains_and_the_sampler_agrees_with_the_trainer(
     case: Case, run_job: RunJob, tmp_path: Path
 ) -> None:
     model = make_model_folder(tmp_path / "model", case.family, tied=case.tied)
-    use_digits = "reward.parts.correct.use=plugins_for_runs.digits"
+    use_digits = "reward.parts.correct.use=rewards_for_runs.digits"
     assert run_job(tmp_path, "rollout=torch", *TINY, f"model.path={model}", use_digits, *case.overrides) == 0
     check_steps(tmp_path, *case.metrics)
 
@@ -101,7 +101,7 @@ def test_every_family_trains_and_the_sampler_agrees_with_the_trainer(
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_every_family_trains_on_what_vllm_samples(family: Family, tied: bool, run_job: RunJob, tmp_path: Path) -> None:
     model = make_model_folder(tmp_path / "model", family, tied=tied)
-    use_digits = "reward.parts.correct.use=plugins_for_runs.digits"
+    use_digits = "reward.parts.correct.use=rewards_for_runs.digits"
     assert run_job(tmp_path, "rollout.kv_cache_gib=0.1", *TINY, f"model.path={model}", use_digits) == 0
     check_steps(tmp_path)
 

@@ -65,7 +65,7 @@ def overrides(root: Path, model: Path) -> list[str]:
         "trainer.schedule=cosine",
         "checkpoint.every=1",
         "reward.timeout_s=300",
-        "reward.parts.correct.use=plugins_for_runs.gated_digits",
+        "reward.parts.correct.use=rewards_for_runs.gated_digits",
         f"+reward.parts.correct.args={{gate: '{root / 'gate'}', after: {CALLS_BEFORE}}}",
     ]
 

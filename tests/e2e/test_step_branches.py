@@ -12,7 +12,7 @@ import pytest
 import torch
 from model_folders import EOS, make_model_folder, make_tokenizer
 from one_process import Run, one_process
-from plugins_for_runs import digits
+from rewards_for_runs import digits
 from running import only_run, read_jsonl, steps_of, write_jsonl
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +23,7 @@ TINY = (
     "steps=1",
     f"data.prompts_per_step={GROUPS}",
     f"rollout.samples_per_prompt={SAMPLES}",
-    "reward.parts.correct.use=plugins_for_runs.digits",
+    "reward.parts.correct.use=rewards_for_runs.digits",
     "eval.every=0",
     "trainer.lr=1e-2",
     "checkpoint.export=false",
@@ -62,7 +62,7 @@ def filtered(root: Path, prompts: list[str] = PROMPTS) -> tuple[str, ...]:
         "data.shuffle=false",
         "data.max_prompt_tokens=16",
         f"data.max_response_tokens={RESPONSE}",
-        "reward.parts.correct.use=plugins_for_runs.spiky_digits",
+        "reward.parts.correct.use=rewards_for_runs.spiky_digits",
     )
 
 

@@ -95,9 +95,6 @@ class Driver:
         groups = self._some(rng, State.READY)
         self.keeper.put(groups, State.FILTERED)
         self.ledger.filtered(groups, "equal rewards")
-        failed = self._some(rng, *OUTSTANDING)
-        self.keeper.put(failed, State.FAILED)
-        self.ledger.failed(failed, "the reward raised")
 
     def train(self, rng: random.Random) -> None:
         groups = self._some(rng, State.READY)

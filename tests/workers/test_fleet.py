@@ -286,12 +286,29 @@ def test_samplers_join_and_leave_while_others_work(make: Make) -> None:
             bench.fleet.leave(0)  # at its leisure
             bench.fleet.leave(1, finish=False)  # at once: what it had is done by others
             stage.put(3)
-    stage.calls()
     assert bench.fleet.ready() == [2]
     assert list(bench.group.pids()) == [2]
     assert bench.kinds().count("left") == 2
     with pytest.raises(ValueError, match="there is a rollout worker 2 already"):
         bench.group.enrol(ActorSpec("rollout", 2))
+
+
+def test_who_leaves_ends_what_each_of_those_who_use_it_gave_it_first(make: Make) -> None:
+    """A stream and an evaluation ask the same samplers."""
+    bench = make(2)
+    stages = [Dispatch[int]("rollout", 60, bench.fleet, lambda i, n: bench.group.asked(i, "echo", n)) for _ in range(2)]
+    calls = []
+    for stage in stages:
+        stage.put(1)
+        stage.put(2)
+        calls.append({call.index: call for call in stage.calls()})
+    bench.fleet.leave(0)
+    stages[0].done(calls[0][0])
+    assert bench.fleet.leaving() == [0]
+    assert 0 in bench.group.specs()
+    stages[1].done(calls[1][0])
+    assert bench.fleet.leaving() == []
+    assert list(bench.group.specs()) == [1]
 
 
 def test_answers_to_all_leave_out_who_is_lost_meanwhile(make: Make) -> None:

@@ -133,7 +133,9 @@ def test_any_updates_at_any_time(
                 for gone in doomed:
                     answers[gone].cancel()
             await started.update("finish" if kind == "finish" else mode)
-        return await asyncio.gather(*answers, return_exceptions=True)
+        samples = await asyncio.gather(*answers, return_exceptions=True)
+        await asyncio.wait({started.engine._runner}, timeout=60)  # it comes to drop who was cancelled last
+        return samples
 
     for i, sample in enumerate(started.runner.run(play())):
         if i in doomed and isinstance(sample, asyncio.CancelledError):
