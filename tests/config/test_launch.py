@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from rlsys import launch as command_line
+
 
 def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -48,13 +50,30 @@ def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["+recipe=composer_qwen", "replay.source=file"], "set replay.path to a JSONL file"),
     ],
 )
-def test_bad_input_gets_one_clear_error_and_exit_code_2(arguments: list[str], says: str, tmp_path: Path) -> None:
-    done = launch(*arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert says in done.stderr
-    assert done.stderr.count("error:") == 1
-    assert "Traceback" not in done.stderr
-    assert not any(tmp_path.iterdir()), "nothing is left behind"
+def test_bad_input_gets_one_clear_error_and_exit_code_2(
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert command_line.main(arguments) == 2
+    check_refused(capsys.readouterr().err, says, tmp_path)
+
+
+def test_a_process_ends_with_that_code(tmp_path: Path) -> None:
+    done = launch("+recipe=grpo_qwen", "trainer.lrr=1", cwd=tmp_path)
+    assert done.returncode == 2
+    check_refused(done.stderr, "did you mean 'trainer.lr'?", tmp_path)
+
+
+def check_refused(said: str, says: str, folder: Path) -> None:
+    assert says in said
+    assert said.count("error:") == 1
+    assert "Traceback" not in said
+    assert not any(folder.iterdir()), "nothing is left behind"
 
 
 def test_help_and_cfg_show_keys_and_values(tmp_path: Path) -> None:

@@ -299,7 +299,10 @@ def make(groups: Callable[..., Any], tmp_path: Path) -> Iterator[Make]:
         one.ledger.close()
 
 
-@pytest.mark.parametrize(("bound", "ordered"), [(0, False), (2, False), (1, True)])
+@pytest.mark.parametrize(
+    ("bound", "ordered"),
+    [pytest.param(0, False, marks=pytest.mark.slow), (2, False), pytest.param(1, True, marks=pytest.mark.slow)],
+)
 def test_every_group_is_trained_once_and_none_is_too_old(make: Make, bound: int, ordered: bool) -> None:
     bench = make(bound=bound, ordered=ordered, samplers=1)
     bench.sync()
@@ -327,6 +330,7 @@ def test_what_a_killed_sampler_had_is_sampled_by_another_and_it_comes_back_with_
     bench.checked()
 
 
+@pytest.mark.slow
 def test_what_a_sampler_had_that_has_left_for_good_is_sampled_by_another(make: Make) -> None:
     bench = make(bound=3)
     gone = bench.pids["rollout"][0]
@@ -351,6 +355,7 @@ def test_a_straggler_is_sampled_anew_at_the_bound_and_in_the_end_waited_for(make
     bench.checked()
 
 
+@pytest.mark.slow
 def test_what_passes_its_deadline_goes_to_another_sampler(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that it was taken from has nothing to do since, and would be the least busy."""
     monkeypatch.setattr(streams, "_TRIES", 1000)
@@ -389,7 +394,7 @@ def test_groups_that_a_filter_drops_are_replaced(make: Make) -> None:
     bench.checked()
 
 
-@pytest.mark.parametrize("role", ["reward", "reference"])
+@pytest.mark.parametrize("role", ["reward", pytest.param("reference", marks=pytest.mark.slow)])
 def test_what_a_lost_judge_was_asked_is_asked_again(make: Make, role: str) -> None:
     bench = make(samplers=1, reference=role == "reference")
     bench.hold(role)

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from model_folders import Family, make_model_folder
@@ -79,13 +79,8 @@ def check_steps(root: Path, *metrics: str) -> None:
     assert (only_run(root) / "model" / "model.safetensors").is_file()
 
 
-def in_time(case: Case) -> Any:
-    """The families that the others do not stand for take their turn in `make test-all`."""
-    marks = [pytest.mark.slow] if case.name.startswith(("llama", "qwen2-tied", "qwen3-tied")) else []
-    return pytest.param(case, id=case.name, marks=marks)
-
-
-@pytest.mark.parametrize("case", [in_time(case) for case in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_family_trains_and_the_sampler_agrees_with_the_trainer(
     case: Case, run_job: RunJob, tmp_path: Path
 ) -> None:
@@ -165,6 +160,7 @@ def picky(response, task):
 """
 
 
+@pytest.mark.slow
 def test_a_reward_that_raises_is_recorded_until_it_does_too_often(tmp_path: Path) -> None:
     """The reward comes by import path from a file in the folder where the command is run."""
     model = make_model_folder(tmp_path / "model")

@@ -71,6 +71,7 @@ def test_the_file_is_short() -> None:
     assert len(python_block(PAGE).splitlines()) < 40
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(RUN_S + 60)
 def test_estimator_loss_and_reward_train_from_the_command_of_the_page(module: ModuleType, tmp_path: Path) -> None:

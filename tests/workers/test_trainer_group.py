@@ -66,15 +66,27 @@ def one_step(group: TrainerGroup, assignment: list[list[int]]) -> tuple[dict[str
     return metrics, group.export_weights("float32").checksum
 
 
-def test_ranks_agree_and_a_rank_without_rows_takes_part(ray_cluster: None, tmp_path: Path) -> None:
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_two_ranks_do_what_one_does_and_read_what_it_wrote(ray_cluster: None, tmp_path: Path) -> None:
+    """Also when one of them has no rows."""
     folder = make_model_folder(tmp_path / "model")
+    before, after = _made(tmp_path / "before"), _made(tmp_path / "after")
     with trainers(folder, 1) as group:
-        alone, _ = one_step(group, [[0, 1, 2, 3, 4, 5]])
-    with trainers(folder, 2) as group:
-        shared, _ = one_step(group, [[0, 1, 4, 5], [2, 3]])
+        group.save_state(str(before))
+        alone, checksum = one_step(group, [[0, 1, 2, 3, 4, 5]])
+        group.save_state(str(after))
     with trainers(folder, 2, micro_batch_tokens=24) as group:
+        shared, _ = one_step(group, [[0, 1, 4, 5], [2, 3]])
+        group.load_state(str(before))
+        fresh = group.export_weights("float32").checksum
         idle, _ = one_step(group, [[0, 1, 2, 3, 4, 5], []])
         nothing, _ = one_step(group, [[], []])
+        group.load_state(str(after))
+        assert group.export_weights("float32").checksum == checksum != fresh
     assert nothing.keys() == idle.keys()
     assert (nothing["policy/loss"], nothing["train/grad_norm"], nothing["train/tokens"]) == (0, 0, 0)
     for other in (shared, idle):
@@ -82,20 +94,3 @@ def test_ranks_agree_and_a_rank_without_rows_takes_part(ray_cluster: None, tmp_p
         assert other["train/grad_norm"] == pytest.approx(alone["train/grad_norm"], rel=1e-5)
         assert other["policy/mismatch_abs_mean"] == pytest.approx(alone["policy/mismatch_abs_mean"], rel=1e-5)
         assert other["train/tokens"] == alone["train/tokens"]
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-def test_a_checkpoint_of_one_rank_is_read_by_two(ray_cluster: None, tmp_path: Path) -> None:
-    folder = make_model_folder(tmp_path / "model")
-    state = _made(tmp_path / "state")
-    with trainers(folder, 1) as group:
-        _, before = one_step(group, [[0, 1, 2, 3, 4, 5]])
-        group.save_state(str(state))
-    with trainers(folder, 2) as group:
-        fresh = group.export_weights("float32").checksum
-        group.load_state(str(state))
-        assert group.export_weights("float32").checksum == before != fresh

@@ -64,7 +64,8 @@ def assert_sampled_from(model: torch.nn.Module, running: Running) -> None:
 
 
 SPREAD = [
-    pytest.param("qwen2", False, {"tensor_parallel": 2}, id="tensor parallel"),  # biases, and one key head a rank
+    # biases, and one key head a rank
+    pytest.param("qwen2", False, {"tensor_parallel": 2}, id="tensor parallel", marks=pytest.mark.slow),
     pytest.param("llama", True, {"tensor_parallel": 2}, id="tensor parallel, tied", marks=pytest.mark.slow),
     pytest.param("qwen3", True, {"pipeline_parallel": 2}, id="pipeline", marks=pytest.mark.slow),
 ]
