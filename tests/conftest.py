@@ -14,6 +14,12 @@ settings.load_profile("no deadline")
 _HERE = Path(__file__).resolve().parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start clusters and engines come first: none of them is left over when all others are done."""
+    heavy = {item.path for item in items if item.get_closest_marker("ray") or item.get_closest_marker("vllm")}
+    items.sort(key=lambda item: item.path not in heavy)
+
+
 @pytest.fixture(scope="session")
 def gsm8k_folder() -> Path:
     """A folder with GSM8K's ``train.jsonl`` and ``test.jsonl``: the full sets where they lie beside the checkout, else

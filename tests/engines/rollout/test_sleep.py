@@ -61,7 +61,7 @@ class Sleeping:
         return sum(pss_bytes(p.pid) for p in [psutil.Process(), *psutil.Process().children(recursive=True)])
 
 
-@pytest.fixture(scope="module", params=["torch", pytest.param("vllm", marks=pytest.mark.vllm)])
+@pytest.fixture(scope="module", params=["torch", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow])])
 def sampler(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sleeping]:
     if request.param == "vllm":
         pytest.importorskip("vllm")

@@ -128,6 +128,7 @@ def assert_follows(pair: Pair) -> None:
     assert len({str(tokens) for tokens in seen}) == 3, "with the same seeds, each version samples something else"
 
 
+@pytest.mark.slow
 def test_an_adapter_reaches_the_sampler_and_nothing_else_does(folder: Path) -> None:
     pair = Pair(folder, "adapter")
     try:
