@@ -15,7 +15,7 @@ import psutil
 from faults import LOSS
 from running import RUN_S, command, comparable, environment, processes_marked, read_jsonl, tensors_below
 
-from rlsys.tracking.ledger import Audit, audit
+from rlsys.tracking.ledger import Audit, Kind, audit
 from rlsys.tracking.metrics import read_metrics
 
 TESTS = Path(__file__).resolve().parent
@@ -40,6 +40,7 @@ class ChaosRun:
 
     def __init__(self, root: Path, *overrides: str, **variables: str):
         self.root, self.overrides, self._variables = root, overrides, variables
+        self._test = os.environ.get("PYTEST_CURRENT_TEST", "").split(" ")[0]
         self.start()
 
     def start(self, *more: str) -> None:
@@ -119,6 +120,26 @@ class ChaosRun:
     def left(self, *, within_s: float = 30.0) -> list[str]:
         """Processes that outlived it."""
         return processes_marked(str(self.root), within_s=within_s)
+
+    def account(self) -> str:
+        """JSON: how it ended, seconds from each loss to the new process at work, and what became of its samples."""
+        found = audit(self.folder)
+        recovered = [
+            {"who": event.get("actor", "trainers"), "phase": event.get("phase", ""), "s": event["seconds"]}
+            for event in self.events()
+            if event["kind"] in ("restarted", "trainer restarted")
+        ]
+        return json.dumps(
+            {
+                "test": self._test,
+                "exit_code": self.process.returncode,
+                "recovered": recovered,
+                "lost": found.count(Kind.LOST),
+                "trained_twice": found.count(Kind.TWICE),
+                "trained": len(found.trained_ids),
+                "said": [event["text"] for event in self.events("end")][-1:],
+            }
+        )
 
     def close(self) -> None:
         if self.process.poll() is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def chaos_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def chaos(tmp_path_factory: pytest.TempPathFactory, chaos_model: Path) -> Iterator[Chaos]:
     """``chaos(*overrides, **variables)`` starts a :class:`ChaosRun` of the tiny model; it ends with the tests at
-    the latest."""
+    the latest. What became of each is a line of the file that ``CHAOS_TABLE`` names, if it does."""
     made: list[ChaosRun] = []
 
     def start(*overrides: str, **variables: str) -> ChaosRun:
@@ -28,8 +29,12 @@ def chaos(tmp_path_factory: pytest.TempPathFactory, chaos_model: Path) -> Iterat
         return run
 
     yield start
+    table = os.environ.get("CHAOS_TABLE")
     for run in made:
         run.close()
+        if table is not None and len(list((run.root / "runs").iterdir())) == 1:
+            with Path(table).open("a", encoding="utf-8") as file:
+                file.write(run.account() + "\n")
 
 
 @pytest.fixture(scope="session")
