@@ -224,6 +224,8 @@ class Stream:
             return  # the thread hangs in a call of Ray's; the cluster that it waits for is gone
         try:
             self._cancel(self.buffer.within(State.IN_FLIGHT))
+            for ref in list(self._calls):
+                self._no_longer(ref)
         finally:
             self._changed.release()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -114,6 +115,14 @@ class Dispatch(Generic[Work]):
         self._pool.done(call.index)
         return self._given.pop(call.ref)
 
+    def close(self) -> None:
+        """Nobody waits for what is under way any more."""
+        for index, load in self._load.items():
+            for _ in range(load):
+                self._pool.done(index)
+        self._load.clear()
+        self._given.clear()
+
     def lost(self, call: Call, error: Exception) -> None:
         """This call will not be answered: what it was about waits for somebody else, before all others.
 
@@ -140,7 +149,9 @@ def answers(
     """
     stage_of = {stage.phase: stage for stage in stages}
     phase_of: dict[Any, str] = {}
-    with Waiting(stop) as waiting:
+    with Waiting(stop) as waiting, ExitStack() as ends:
+        for stage in stages:
+            ends.callback(stage.close)
         while any(stage.owes for stage in stages):
             if fleets is not None:
                 fleets.poll(busy=samplers.busy)

@@ -311,6 +311,17 @@ def test_who_leaves_ends_what_each_of_those_who_use_it_gave_it_first(make: Make)
     assert list(bench.group.specs()) == [1]
 
 
+def test_who_leaves_waits_for_no_work_that_was_given_up(make: Make) -> None:
+    bench = make(2)
+    stage = Dispatch[str]("rollout", 60, bench.fleet, lambda i, what: bench.group.asked(i, "busy", what))
+    for _ in range(2):
+        stage.put("not a number")
+    with pytest.raises(ActorFailed):
+        list(answers([stage], Fleets(bench.fleet, make(1, cls=Rewards).fleet), None, samplers=stage))
+    bench.fleet.leave(0)
+    assert bench.fleet.leaving() == []
+
+
 def test_answers_to_all_leave_out_who_is_lost_meanwhile(make: Make) -> None:
     bench = make(3)
     os.kill(bench.group.pids()[1], signal.SIGKILL)
