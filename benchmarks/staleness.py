@@ -1,6 +1,7 @@
 """What stale samples do to learning, and what a correction makes of it: runs of the bundled task.
 
-    python -m benchmarks.staleness [--bounds 1 4 8] [--seeds 0 1 2] [--quick] [--json PATH] [--out docs/results]
+    python -m benchmarks.staleness [--bounds 1 4 8] [--only ROW …] [--seeds 0 1 2] [--steps 40] [--quick] [--json PATH]
+                                   [--out docs/results]
 
 Every setting is a real run in a process of its own: synchronous, and asynchronous with each bound, without a correction
 and with one. Training takes longer than sampling here, so that the sampler runs ahead until the bound stops it.
@@ -116,10 +117,17 @@ def main() -> None:
     parser.add_argument("--bounds", type=int, nargs="*", default=[1, 4, 8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument(
+        "--only", nargs="*", metavar="ROW", help='of the table, "synchronous" besides: "4, token weights"'
+    )
     arguments = parser.parse_args()
     steps, seeds = (2, [0]) if arguments.quick else (arguments.steps, arguments.seeds)
     bounds = [JUDGED] if arguments.quick else arguments.bounds
     settings = settings_of(bounds)
+    if arguments.only is not None:
+        if unknown := set(arguments.only) - set(settings):
+            parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(settings)}")
+        settings = {label: settings[label] for label in ("synchronous", *arguments.only)}
     runs: Runs = {label: [] for label in settings}
     with tempfile.TemporaryDirectory() as root:
         for seed in seeds:  # seed by seed, so that a run that is cut short has whole seeds
