@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from rlsys.tracking.meter import Metered, peak_resident
 from rlsys.tracking.run import RunFolder
 from rlsys.tracking.trackers import TrackerSet
 from rlsys.workers.actors import Actor
+from rlsys.workers.experience import Experience
 from rlsys.workers.groups import RewardGroup, RolloutGroup, TrainerGroup
 from rlsys.workers.reward import RewardSummary
 from rlsys.workers.rollout import SampleRequest, summarize
@@ -137,6 +139,9 @@ class StepsOnly(Job):
     def checkpoint_if_due(self) -> None:
         """Nothing to save."""
 
+    def _require_fresh(self, experience: Experience) -> None:
+        """Versions stand still without weights."""
+
 
 class Silent:
     """A display that shows nothing."""
@@ -181,8 +186,7 @@ def measure(
             stop=stop,
             state=ControllerState(step=0, lineage=0, data=inputs.prompts.state_dict()),
         )
-        job._require_current = lambda _: None  # type: ignore[method-assign] # versions stand still without weights
-        with settled_heap():
+        with closing(job), settled_heap():
             train(job)
     made: Counter[str] = Counter()
     for answer in ray.get([actor.calls.remote() for actor in actors]):
