@@ -18,9 +18,8 @@ from typing import Any
 from benchmarks import report
 from benchmarks.learning import Curve, Runs, picture, run
 
-LR = "1e-4"
 COMMON = (
-    "+recipe=grpo_qwen", "rollout=torch", "data.prompts_per_step=16", f"trainer.lr={LR}", "trainer.schedule=constant",
+    "+recipe=grpo_qwen", "rollout=torch", "data.prompts_per_step=16", "trainer.schedule=constant",
     "eval.problems=1000",
 )  # fmt: skip
 CORRECTIONS = {
@@ -89,12 +88,12 @@ def verdict(runs: Runs) -> tuple[bool, str]:
     )
 
 
-def page(runs: Runs, seeds: list[int], steps: int) -> str:
+def page(runs: Runs, seeds: list[int], steps: int, lr: str) -> str:
     said = verdict(runs)[1]
     return f"""# Learning from stale samples
 
 GRPO on the bundled task (two-digit additions), {steps} steps of 16 prompts × 8 samples at a constant learning rate of
-{LR}; greedy accuracy on 1,000 held-out problems. Seeds {", ".join(map(str, seeds))}.
+{lr}; greedy accuracy on 1,000 held-out problems. Seeds {", ".join(map(str, seeds))}.
 
 {table(runs)}
 
@@ -117,6 +116,7 @@ def main() -> None:
     parser.add_argument("--bounds", type=int, nargs="*", default=[1, 4, 8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--lr", default="1e-4", help="constant learning rate")
     parser.add_argument(
         "--only", nargs="*", metavar="ROW", help='of the table, "synchronous" besides: "4, token weights"'
     )
@@ -133,7 +133,7 @@ def main() -> None:
         for seed in seeds:  # seed by seed, so that a run that is cut short has whole seeds
             for number, (label, overrides) in enumerate(settings.items()):
                 every = f"eval.every={max(1, steps // 4)}"
-                own = [*COMMON, *overrides, f"steps={steps}", every, f"seed={seed}"]
+                own = [*COMMON, f"trainer.lr={arguments.lr}", *overrides, f"steps={steps}", every, f"seed={seed}"]
                 runs[label].append(run(Path(root), f"s{number}-{seed}", own, 1))
                 sys.stderr.write(f"{label}, seed {seed}: staleness {staleness(runs[label][-1]):.2f}\n")
             write(arguments, runs, seeds[: seeds.index(seed) + 1], steps)
@@ -150,7 +150,9 @@ def write(arguments: Any, runs: Runs, seeds: list[int], steps: int) -> None:
         "staleness": {label: [staleness(curve) for curve in curves] for label, curves in runs.items()},
         "verdict": verdict(runs)[1],
     }
-    report.finish(arguments, "staleness", page=page(runs, seeds, steps), figures=figures, packages=["ray"])
+    report.finish(
+        arguments, "staleness", page=page(runs, seeds, steps, arguments.lr), figures=figures, packages=["ray"]
+    )
 
 
 if __name__ == "__main__":

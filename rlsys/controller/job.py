@@ -286,13 +286,16 @@ class Job:
             config, step = self.config, self.state.step + 1
             self.stop.grace_s = _UPDATE_GRACE_S
             totals: list[dict[str, float]] = []
-            for u in range(config.trainer.updates_per_step):
-                if self.pairs is None and not any(len(updates[u]) for updates in self._rows):
-                    continue  # filters left fewer groups than updates; a step on nothing would be one of momentum alone
-                number = self.state.step * config.trainer.updates_per_step + u + 1
-                totals.append(self._update(u, advantages, step_state.settings(config, self._extra, step)))
-                self._extra = step_state.after_update(config, self._extra, totals[-1], number)
-            self.stop.grace_s = 0.0
+            try:
+                for u in range(config.trainer.updates_per_step):
+                    if self.pairs is None and not any(len(updates[u]) for updates in self._rows):
+                        # Filters left fewer groups than updates; a step on nothing would be one of momentum alone.
+                        continue
+                    number = self.state.step * config.trainer.updates_per_step + u + 1
+                    totals.append(self._update(u, advantages, step_state.settings(config, self._extra, step)))
+                    self._extra = step_state.after_update(config, self._extra, totals[-1], number)
+            finally:
+                self.stop.grace_s = 0.0
         self.source.trained(step, self.state.lineage)  # before the step counts: no checkpoint may miss it
         self.whole = True
         self._metrics |= combine_updates(totals)

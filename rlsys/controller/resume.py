@@ -26,6 +26,8 @@ _FREE = (
     "run_root",
     "tracker",
     "deadlines",
+    "health",
+    "time_limit_minutes",
     "trainer.backend",
     "trainer.ranks",
     "trainer.shard_ranks",

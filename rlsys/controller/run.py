@@ -101,8 +101,11 @@ class _Watch:
         """How a run ends that was stopped."""
         if dog is not None and dog.stalled:
             return Ending(FAILED, dog.stalled, step=step)
-        reason = "stopped before the time limit (time_limit_minutes)" if self.clock.up else "stopped on request"
-        return Ending(INTERRUPTED, reason, step=step)
+        if self.clock.up:
+            return Ending(INTERRUPTED, "stopped before the time limit (time_limit_minutes)", step=step)
+        return Ending(
+            INTERRUPTED, "stopped on request" if step else "stopped on request, before the first step", step=step
+        )
 
 
 def _run_in(
@@ -133,7 +136,7 @@ def _run_in(
             _say_orphans(observers, orphans.end_here(left))
         ending = _supervise(config, inputs, origin, observers, watch, overrides, profile)
         restarts = Restarts(first)
-        while ending.lost and restarts.allow(ending.step):
+        while ending.lost and watch.stop.requested_at is None and restarts.allow(ending.step):
             ending = _again(ending, config, observers, watch, overrides, profile)
         _finish(config, observers, ending.status, ending.reason, overrides)
         if ending.profile is not None:
@@ -212,7 +215,7 @@ def _supervise(
                 raise
             ending = _with_these_samplers(config, inputs, origin, observers, watch, dog, actors, hosts, profile)
     except StopRequested:
-        ending = Ending(INTERRUPTED, "stopped on request, before the first step", step=ending.step)
+        ending = watch.ending(None, ending.step)
     except (DeadlineExceeded, ActorFailed) as error:
         ending = replace(ending, reason=str(error))
     if ending.lost:
@@ -271,7 +274,7 @@ def _with_these_samplers(
                         return replace(ending, reason=str(error))
         except StopRequested:  # the checkpoint that trainers were to go on from stands
             return watch.ending(dog, origin.state.step)
-        dog.write_roster()
+        dog.look_who_runs()
         seconds = time.monotonic() - began
         text = f"trainers started again in {seconds:.1f} s; going on from step {origin.state.step}"
         fields = {"step": origin.state.step, "lineage": origin.state.lineage, "seconds": round(seconds, 3)}
@@ -299,6 +302,7 @@ def _one_job(
 ) -> Ending:
     """Trains with these actors until the last step, or until something ends it."""
     groups, step = actors.groups, origin.state.step if origin else 0
+    watch.stop.grace_s = 0.0  # whatever phase the job before this one was in
     traced: Profile | None = None
     with ExitStack() as stack:
         job: Job | None = None
@@ -315,7 +319,7 @@ def _one_job(
             return Ending(FINISHED, step=job.state.step, profile=traced)
         except StopRequested:
             if job is None:
-                return replace(watch.ending(dog, step), reason="stopped on request, before the first step")
+                return watch.ending(dog, step)
             if not _waits_for_trainer(dog):
                 _last_checkpoint(job)
             return replace(watch.ending(dog, job.state.step), profile=traced)
@@ -376,17 +380,19 @@ def _failure(error: Exception) -> int:
 def _last_checkpoint(job: Job) -> None:
     """Saves the last whole step of a run that ends early; where that cannot be done, the one before it stands."""
     job.stop.grace_s = float("inf")  # asked to stop already; this is the stopping
-    job.end_step()
-    if not job.whole:
-        newest = max(job.store.versions(), default=None)
-        stands = f"the checkpoint of step {newest.step} stands" if newest else "there is no checkpoint yet"
-        job.observers.display.note(f"the weights were between two steps and are not saved: {stands}")
-        return
     try:
+        job.end_step()
+        if not job.whole:
+            newest = max(job.store.versions(), default=None)
+            stands = f"the checkpoint of step {newest.step} stands" if newest else "there is no checkpoint yet"
+            job.observers.display.note(f"the weights were between two steps and are not saved: {stands}")
+            return
         job.checkpoint()
     except _EXPECTED as error:
         job.observers.folder.log_event("checkpoint failed", str(error))
         job.observers.display.note(f"no last checkpoint could be written ({error}); the one before it stands")
+    finally:
+        job.stop.grace_s = 0.0
 
 
 def _job(

@@ -61,6 +61,8 @@ class Pool(Protocol):
 
     def leaving(self) -> list[int]: ...
 
+    def next_index(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class Scaling:
@@ -103,7 +105,7 @@ class Scaling:
     def _join(self, model: ActorSpec, more: int) -> None:
         free = self.free_gpus()
         room = more if not model.gpus else min(more, int(free // model.gpus))
-        first = max(self.specs()) + 1
+        first = self.fleet.next_index()
         for index in range(first, first + room):
             # Anywhere in the cluster: the bundles that the run booked at its start are taken.
             self.fleet.join(replace(model, index=index, bundle=None, node=None))

@@ -216,18 +216,15 @@ class Stream:
             return self._prompts.state_dict(), under_way + [[*place, attempt] for place, attempt in self._left]
 
     def close(self) -> None:
-        """Ends the thread and gives up what is under way."""
+        """Ends the thread, which gives up what is under way; where it hangs in a call of Ray's, as soon as it can."""
         self._closing = True
         if self._thread is not None:
             self._thread.join(10 * _TICK_S)
-        if not self._changed.acquire(timeout=10 * _TICK_S):
-            return  # the thread hangs in a call of Ray's; the cluster that it waits for is gone
-        try:
-            self._cancel(self.buffer.within(State.IN_FLIGHT))
-            for ref in list(self._calls):
-                self._no_longer(ref)
-        finally:
-            self._changed.release()
+
+    def _give_up(self) -> None:
+        self._cancel(self.buffer.within(State.IN_FLIGHT))
+        for ref in list(self._calls):
+            self._no_longer(ref)
 
     def _interrupted(self, outstanding: Sequence[Sequence[int]]) -> dict[tuple[Place, int], LedgerGroup]:
         """Place and next attempt of groups that an interrupted run left, each with the attempt that it left."""
@@ -287,6 +284,8 @@ class Stream:
             while not self._closing:
                 with self._changed:
                     self._look_after()
+                    if self._closing:  # meanwhile: what it would be written down in is closed
+                        return
                     self._hand_out()
                     self._score()
                 try:
@@ -302,6 +301,9 @@ class Stream:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._give_up()
 
     def _look_after(self) -> None:
         """Liveness of the actors, and deadlines of what they were asked."""
@@ -492,6 +494,7 @@ class Stream:
                 self._ledger.filtered([self._entry(key)], ", ".join(name for name, number in counts.items() if number))
                 self.buffer.drop(key)
                 self._drop(key)
+                self._last_ready = time.monotonic()  # it has ended, too
                 return
         self._settle(key)
 

@@ -110,12 +110,18 @@ class Watchdog:
             if wait is not None:
                 try:
                     self._report(wait, now)
-                except (OSError, UserError):  # nowhere to write: said on the terminal; the clock is still looked at
+                except (OSError, UserError, ray.exceptions.RayError):
+                    # Nowhere to write, or the cluster is ending: said on the terminal; the clock is still looked at.
                     traceback.print_exc()
             if now >= roster or self._replaced():
                 roster = now + _ROSTER_S
-                with suppress(ray.exceptions.RayError, RuntimeError):  # the cluster is ending, and so are we
-                    self.write_roster()
+                self.look_who_runs()
+
+    def look_who_runs(self) -> None:
+        """:meth:`write_roster` where it can be done; where not, the next look does it."""
+        # The cluster is ending, and so are we; or the disk is full.
+        with suppress(ray.exceptions.RayError, RuntimeError, OSError, UserError):
+            self.write_roster()
 
     def write_roster(self) -> None:
         """``processes.json``, where anybody is another process than the last time. Whoever replaces actors may call it;

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -48,6 +49,14 @@ class Watcher(Protocol):
         """An answer said that it is gone. Raises ActorFailed where that must not happen again."""
         ...
 
+    def busy(self, index: int) -> None:
+        """It has been asked something that it must end before it leaves, if it is to."""
+        ...
+
+    def done(self, index: int) -> None:
+        """That has ended, however."""
+        ...
+
     def given(self, calls: Sequence[Call], version: WeightVersion) -> None:
         """These updates have been done: who was asked holds the version, and nobody else does."""
         ...
@@ -75,6 +84,8 @@ class Group:
         specs = placement.plan.of(self.role)
         self._count = len(specs)
         self._actors = [self._made(spec) for spec in specs]
+        self.next_index = 1 + max((spec.index for spec in specs), default=-1)
+        """Greater than that of any actor that the group ever had."""
 
     def __len__(self) -> int:
         return len(self._actors)
@@ -137,10 +148,11 @@ class Group:
         """One more actor, while the others work. The call ends when it has started.
 
         Args:
-            spec: its index is that of no other.
+            spec: its index is that of no other, also of none that has left (``next_index``).
         """
-        if any(actor.spec.index == spec.index for actor in self._actors):
-            raise ValueError(f"there is a {spec.name} already")
+        if spec.index < self.next_index:
+            raise ValueError(f"there is a {spec.name} already, or was")
+        self.next_index = spec.index + 1
         return self._begun(self._made(spec, life=1))
 
     def leave(self, index: int) -> None:
@@ -181,6 +193,19 @@ class Group:
         )
         answers = {call.ref: answer for call, answer in waited}
         return [(call, answers[call.ref]) for call in calls if call.ref in answers]
+
+    @contextmanager
+    def _staying(self, calls: Sequence[Call]) -> Iterator[None]:
+        """Who is asked does not leave meanwhile."""
+        if self._watcher is not None:
+            for call in calls:
+                self._watcher.busy(call.index)
+        try:
+            yield
+        finally:
+            if self._watcher is not None:
+                for call in calls:
+                    self._watcher.done(call.index)
 
     def close(self) -> None:
         """Asks every actor to end its own processes, then ends the actor; one that does not answer is killed."""

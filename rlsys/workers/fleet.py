@@ -34,7 +34,8 @@ _ABSENT_S = 2.0  # who has not polled for so long was away, and cannot say who w
 
 
 class Report(Protocol):
-    """Told what happened: a kind (``lost``, ``restarted``, ``joined``, ``left``), in words, and by name."""
+    """Told what happened: a kind (``lost``, ``restarted``, ``not started``, ``joined``, ``left``), in words, and by
+    name."""
 
     def __call__(self, kind: str, text: str, **fields: str | float) -> None: ...
 
@@ -86,6 +87,7 @@ class Fleet:
         self._starts: dict[int, _Asked] = {}
         self._losses: dict[int, _Loss] = {}
         self._leaving: set[int] = set()
+        self._new: set[int] = set()  # joined, and have never run yet
         self._at_work: Counter[int] = Counter()  # calls under way, as those who made them say
         self._ended: SimpleQueue[tuple[Call, Future]] = SimpleQueue()
         self._polled = self._pinged = clock()
@@ -210,9 +212,14 @@ class Fleet:
     def join(self, spec: ActorSpec) -> None:
         """One more actor; it is given work when it has started and, of samplers, has the current weights."""
         with self._lock:
+            self._new.add(spec.index)
             self._health[spec.index] = Health.joining(holds_weights=self._holds_weights, wanted=self._version)
             self._starting(spec.index, self._group.enrol(spec))
             self._report("joined", f"{spec.name} is starting", actor=spec.name)
+
+    def next_index(self) -> int:
+        """Of whoever joins next: of nobody who ever was here."""
+        return self._group.next_index
 
     def leave(self, index: int, *, finish: bool = True) -> None:
         """Gives this actor no more work.
@@ -256,6 +263,9 @@ class Fleet:
         health, name = self._health[index], self._name(index)
         if self._moved_off(index):
             return
+        if health.restarts >= self._config.restarts and index in self._new:
+            self._forget(index, f"it did not start, tried {health.restarts + 1} times")
+            return
         if health.restarts >= self._config.restarts:
             times = "1 time" if not health.restarts else f"{health.restarts + 1} times"
             raise ActorLost(
@@ -291,6 +301,7 @@ class Fleet:
         for known in (self._health, self._pings, self._starts, self._losses):
             known.pop(index, None)
         self._leaving.discard(index)
+        self._new.discard(index)
         self._report("left", f"{name} has left: {why}", actor=name)
 
     def _starting(self, index: int, call: Call) -> None:
@@ -337,6 +348,7 @@ class Fleet:
             self._failed(index, error)
             return
         self._health[index] = self._health[index].restart_done(call.life)
+        self._new.discard(index)
         loss = self._losses.pop(index, None)
         if loss is not None:
             seconds = now - loss.began
@@ -351,6 +363,8 @@ class Fleet:
         before = self._losses.get(index)
         began = before.began if before is not None else now
         self._losses[index] = _Loss(error, "start", began, now + backoff_s(health.restarts + 1))
+        said = str(error).strip().splitlines()[0]
+        self._report("not started", f"{self._name(index)} did not start: {said}", actor=self._name(index))
 
     def _judge(self, now: float) -> None:
         """Who has been silent for too long."""

@@ -135,7 +135,8 @@ class RolloutGroup(Group):
         calls = self._updates(sent, version, in_flight, only)
         # Who lets sequences end first may take as long as the longest of them.
         finishing_s = self._deadlines.rollout if in_flight == "finish" else 0.0
-        return self._checked(sent, version, self._answers(calls, "sync", longer_s=finishing_s))
+        with self._staying(calls):
+            return self._checked(sent, version, self._answers(calls, "sync", longer_s=finishing_s))
 
     def receive_broadcast(
         self, trainer: TrainerGroup, dtype: str, request: SendRequest, in_flight: InFlight = "finish"
@@ -152,7 +153,8 @@ class RolloutGroup(Group):
         announced = SentWeights("nccl", [], "", 0, index=tuple(self._broadcast_index))
         sending = trainer.broadcasting(dtype, self._broadcast_index)
         receiving = self._updates(announced, request.version, in_flight)
-        answers = self._gather([*sending, *receiving], "sync")
+        with self._staying(receiving):  # a broadcast does not survive it
+            answers = self._gather([*sending, *receiving], "sync")
         taken = list(zip(receiving, answers[len(sending) :], strict=True))
         return answers[0], self._checked(answers[0], request.version, taken)
 
@@ -166,10 +168,11 @@ class RolloutGroup(Group):
         """
         updating = self._updates(SentWeights("cuda_ipc", [], "", 0), request.version, in_flight)
         asked = {call.index: call.life for call in updating}
-        while isinstance(packed := trainer.pack_weights(dtype), IpcBucket):
-            self._offer(packed, asked)
-        self._offer(None, asked)
-        return packed, self._checked(packed, request.version, self._answers(updating, "sync"))
+        with self._staying(updating):
+            while isinstance(packed := trainer.pack_weights(dtype), IpcBucket):
+                self._offer(packed, asked)
+            self._offer(None, asked)
+            return packed, self._checked(packed, request.version, self._answers(updating, "sync"))
 
     def _offer(self, bucket: IpcBucket | None, asked: dict[int, int]) -> None:
         """asked: the lives that take part in the update; who was lost meanwhile takes no further part."""

@@ -99,8 +99,8 @@ class Health:
         return given if self.state is State.SUSPECT else replace(given, state=given._rested())
 
     def step_done(self) -> Health:
-        """Restarts are counted anew."""
-        return replace(self, restarts=0)
+        """Restarts of one that is back at work are counted anew."""
+        return replace(self, restarts=0) if self.alive else self
 
     def _is(self, life: int) -> bool:
         """Whether what is said of this life is said of the present one."""

@@ -11,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import ray
+from ray.exceptions import ObjectLostError, RayActorError
 
 from rlsys.algorithms.collapse import repetition
 from rlsys.batch import DataProto, jagged
@@ -238,6 +239,8 @@ class RolloutWorker(Metered, verbs=("generate",)):
                 checksum = await engine.update_weights(self._intake.open(sent), version, in_flight)
             except BaseException as error:
                 self._intake.abandon(error)
+                if isinstance(error.__cause__, RayActorError | ObjectLostError):
+                    raise error.__cause__ from error  # who sent them is gone: nothing is wrong with what was sent
                 raise
             finally:
                 close_mapping()

@@ -28,6 +28,9 @@ class Samplers:
     def leaving(self) -> list[int]:
         return self.gone
 
+    def next_index(self) -> int:
+        return max(self.specs) + 1
+
 
 def scaled(run: Path, samplers: Samplers, *, free: float = 0.0, fixed: str | None = None) -> list[str]:
     said: list[str] = []

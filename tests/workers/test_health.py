@@ -97,7 +97,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def step_is_done(self) -> None:
-        self.restarts = 0
+        self.restarts = 0 if self.health.alive else self.restarts
         self.became(self.health.step_done())
 
     @invariant()

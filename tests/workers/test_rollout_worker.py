@@ -13,7 +13,7 @@ import ray
 import torch
 from endless_models import make_endless_folder
 from model_folders import make_model
-from ray.exceptions import RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 
 from rlsys.batch import DataProto, jagged
 from rlsys.batch.versions import WeightVersion
@@ -121,6 +121,24 @@ def test_what_was_cancelled_before_it_entered_is_gone_too(folder: Path) -> None:
         return (await worker.generate(prompts(1), 0, 1, SHORT, "many"))[1]
 
     assert alone(folder, play).response_lengths.tolist() == [5, 5]
+
+
+def test_weights_that_are_gone_with_their_sender_are_a_lost_peer_and_no_error_of_the_sampler(
+    folder: Path, segment: Segment
+) -> None:
+    """So whoever waits for it starts the trainer and this sampler again, and does not end the run. (On one host Ray
+    keeps what a dead process has put into its store.)"""
+
+    def gone(_: SentWeights) -> Iterator[Any]:
+        raise ObjectLostError("00", None, "")
+        yield
+
+    async def take(worker: RolloutWorker) -> None:
+        worker._intake.open = gone  # type: ignore[method-assign]
+        await worker.update_weights(sent(segment, 1), WeightVersion(0, 1))
+
+    with pytest.raises(ObjectLostError):
+        alone(folder, take)
 
 
 def test_an_answer_knows_the_oldest_version_of_its_tokens(folder: Path, segment: Segment) -> None:
