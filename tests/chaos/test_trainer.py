@@ -26,7 +26,7 @@ class Phase(NamedTuple):
 PHASES = {
     "forward and backward": Phase(f"after {ENGINE}._accumulate", 2, 1),
     "optimiser step": Phase("after rlsys.engines.train.fsdp:FsdpTrained.step", 2, 1),
-    "weight export": Phase("after rlsys.workers.weights:WeightSender.send", 3, 2),  # the first is before step 1
+    "weight export": Phase("after rlsys.workers.weights:WeightSender.send", 2, 2),
     "weights handed out": Phase("rlsys.workers.trainer:TrainerWorker.release_weights", 3, 2),
     "checkpoint write": Phase("after rlsys.engines.train.state:write_shards", 3, 2),  # two files a checkpoint
 }
@@ -74,6 +74,6 @@ def test_trainers_that_die_again_and_again_end_the_run_with_its_last_checkpoint(
     run.kill("trainer_0")
     assert run.ends() == 1
     assert run.events("trainer restarted") == []
-    assert "trainer 0 died" in run.events("end")[0]["text"]
+    assert "trainer worker 0 died" in run.events("end")[0]["text"]
     assert "resume=auto" in run.said.read_text()
     assert run.left() == []
