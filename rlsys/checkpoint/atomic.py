@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,22 @@ def writing(what: str, where: Path) -> Iterator[None]:
         number = error.errno if error.errno is not None else -1
         reason, fix = _REASONS.get(number, (str(error), "check the disk and the folder"))
         raise UserError(f"{what} could not be written: {reason}", where=str(where), fix=fix) from error
+
+
+def append(file: FileIO, line: bytes) -> None:
+    """Appends the whole line, or nothing: half of one would spoil the next.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    before = os.fstat(file.fileno()).st_size
+    try:
+        written = 0
+        while written < len(line):
+            written += file.write(line[written:]) or 0
+    except OSError:
+        os.ftruncate(file.fileno(), before)
+        raise
 
 
 def fsync(path: Path) -> None:

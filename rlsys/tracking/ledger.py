@@ -21,7 +21,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlsys.checkpoint.atomic import writing
+from rlsys.checkpoint.atomic import append, writing
 from rlsys.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -115,14 +115,7 @@ class Ledger:
         content = {"event": event, "time": round(time.time(), 3), **fields, "groups": [list(group) for group in groups]}
         line = (json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n").encode()
         with self._lock, writing(self.path.name, self.path):
-            before = os.fstat(self._file.fileno()).st_size
-            try:
-                written = 0
-                while written < len(line):
-                    written += self._file.write(line[written:]) or 0
-            except OSError:
-                os.ftruncate(self._file.fileno(), before)  # half a line would spoil the next one
-                raise
+            append(self._file, line)
 
 
 class State(StrEnum):

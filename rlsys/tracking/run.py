@@ -21,12 +21,13 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
+from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import yaml
 
-from rlsys.checkpoint.atomic import PARTIAL, write_json, writing
+from rlsys.checkpoint.atomic import PARTIAL, append, write_json, writing
 from rlsys.config.errors import UserError
 from rlsys.tracking import provenance
 from rlsys.tracking.metrics import to_line
@@ -43,7 +44,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path.absolute()
-        self._files: dict[str, TextIO] = {}
+        self._files: dict[str, FileIO] = {}
         self.session = round(time.time(), 3)
         """Unix time at which this process opened the folder: tells sessions of one run apart."""
         self._opened = time.monotonic()
@@ -165,7 +166,7 @@ class RunFolder:
 
     def _lock(self) -> None:
         """Keeps a second process from writing into the folder, until :meth:`close` or the end of this process."""
-        file = (self.path / ".lock").open("a", encoding="utf-8")
+        file = (self.path / ".lock").open("ab", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -179,16 +180,14 @@ class RunFolder:
 
     def _append(self, name: str, content: Mapping[str, Any]) -> None:
         with writing(name, self.path / name):
-            file = self._append_to(name)
-            file.write(_json_line(content))
-            file.flush()
+            append(self._append_to(name), _json_line(content).encode())
 
-    def _append_to(self, name: str) -> TextIO:
+    def _append_to(self, name: str) -> FileIO:
         """The file, open for appending, without the line that a crash may have torn."""
         if name not in self._files:
             path = self.path / name
             _drop_torn_line(path)
-            self._files[name] = path.open("a", encoding="utf-8")
+            self._files[name] = path.open("ab", buffering=0)
         return self._files[name]
 
 
