@@ -87,7 +87,7 @@ def test_folders_of_a_writer_that_was_killed_are_cleared(chaos: Chaos) -> None:
     assert not left.exists()
 
 
-STORE = 8 << 20
+STORE = 2 << 20
 # A cluster with a store smaller than Ray allows, and in it twice as much as it holds, which belongs to somebody else.
 CLUSTER = f"""
 import sys
@@ -139,7 +139,7 @@ def test_a_full_object_store_holds_sampling_back_and_the_run_ends_well(chaos: Ch
         f"steps={steps}",
         f"data.prompts_per_step={prompts}",
         f"rollout.samples_per_prompt={samples}",
-        "data.max_response_tokens=128",
+        "data.max_response_tokens=96",
     )
     assert run.ends() == 0
     assert any(line["async/held_back"] > 0 for line in steps_of(run.folder))
