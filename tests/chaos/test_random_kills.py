@@ -12,7 +12,7 @@ from rlsys.tracking.ledger import State
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 
-KILLS, STEPS, GROUPS, SAMPLES = 20, 60, 4, 4
+KILLS, STEPS, GROUPS, SAMPLES = 20, 120, 4, 4
 
 
 def test_twenty_kills_of_the_driver_lose_no_sample_and_train_none_twice(chaos: Chaos) -> None:
