@@ -36,6 +36,8 @@ class Worker:
     """A worker without a model. Its start fails while a file says so."""
 
     def start(self, failing: str) -> None:
+        if Path(failing).exists() and not Path(failing).read_text():
+            os._exit(1)  # as one that is killed for want of memory
         if Path(failing).exists():
             raise UserError(Path(failing).read_text(), where="model.path", fix="mend it")
 
@@ -291,6 +293,17 @@ def test_samplers_join_and_leave_while_others_work(make: Make) -> None:
     assert bench.kinds().count("left") == 2
     with pytest.raises(ValueError, match="there is a rollout worker 2 already, or was"):
         bench.group.enrol(ActorSpec("rollout", 2))
+
+
+def test_one_that_joins_and_never_starts_leaves_and_is_told_of(make: Make) -> None:
+    bench = make(1, restarts=1)
+    bench.failing.touch()
+    bench.fleet.join(ActorSpec("rollout", bench.fleet.next_index()))
+    bench.until(lambda: "left" in bench.kinds())
+    assert bench.kinds() == ["joined", "not started", "not started", "left"]
+    assert "rollout worker 1 has left: it did not start" in bench.said[-1][1]
+    assert bench.fleet.ready() == [0]
+    assert bench.fleet.next_index() == 2, "its index is not given out again"
 
 
 def test_who_leaves_ends_what_each_of_those_who_use_it_gave_it_first(make: Make) -> None:
