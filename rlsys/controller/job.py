@@ -36,6 +36,7 @@ from rlsys.controller.dead_channels import check_dead
 from rlsys.controller.metrics import combine_updates, experience_metrics, hint_metrics, mismatch_metrics
 from rlsys.controller.pair_scores import divided, scored_pairs
 from rlsys.controller.profile import Profile
+from rlsys.controller.readings import read_meters
 from rlsys.controller.scaling import Scaling, free_gpus
 from rlsys.controller.sources import Source, make_source
 from rlsys.controller.stream import Pools
@@ -53,18 +54,16 @@ from rlsys.tracking.ledger import Ledger
 from rlsys.tracking.memory import MemoryMonitor
 from rlsys.tracking.meter import Span
 from rlsys.tracking.run import RunFolder
-from rlsys.tracking.throughput import ActorReading, actor_metrics, step_metrics, trained_flops
+from rlsys.tracking.throughput import actor_metrics, step_metrics, trained_flops
 from rlsys.tracking.trackers import TrackerSet
 from rlsys.workers.experience import Experience, assign
 from rlsys.workers.fleet import Fleets
 from rlsys.workers.groups import CriticGroup, ReferenceGroup, RewardGroup, RolloutGroup, TrainerGroup
 from rlsys.workers.trainer import Slice, TokenAdvantagesRequest
-from rlsys.workers.waits import ActorFailed, DeadlineExceeded, StopFlag, gather
+from rlsys.workers.waits import ActorFailed, DeadlineExceeded, StopFlag
 from rlsys.workers.weight_sync import WeightSync
 
 _CRITIC = "critic"  # its folder in a checkpoint
-_READING_S = 10.0  # deadline of what actors say about themselves between two steps
-_READ_AT_ONCE = 64
 _UPDATE_GRACE_S = 10.0  # an update that has begun may finish, so that the checkpoint is that of a whole step
 
 
@@ -471,12 +470,8 @@ class Job:
 
     def _read_meters(self, metrics: dict[str, float]) -> dict[str, float]:
         """What the actors measured in this step, as metrics."""
-        calls = [c for group in self.groups.present() for c in group.asks("take_reading", actors=self._asked(group))]
         try:
-            readings = [
-                ActorReading(*_role_and_index(call.payload), reading)
-                for call, reading in zip(calls, gather(calls, phase="readings", seconds=_READING_S), strict=True)
-            ]
+            readings = read_meters(self.groups.present(), self.state.step, everybody=self.profile is not None)
         except (ActorFailed, DeadlineExceeded) as error:  # the run is ending, or the next stage will find it out
             self.observers.folder.log_event("readings", f"no figures of the actors: {error}", step=self.state.step)
             return {}
@@ -486,14 +481,6 @@ class Job:
             last = self.state.step == self.config.steps
             self.profile.after_step(self.state.step, self._spans, readings, start, last=last)
         return found | actor_metrics(readings, start, now)
-
-    def _asked(self, group: TrainerGroup | RolloutGroup | RewardGroup | ReferenceGroup) -> list[int] | None:
-        """Whose meters are read in this step: of a large fleet some in turn, or reading would cost more than sampling
-        does; of trainers all, whose FLOPs add up."""
-        if len(group) <= _READ_AT_ONCE or self.profile is not None or isinstance(group, TrainerGroup):
-            return None
-        indices = list(group.specs())  # some may have left
-        return [indices[(self.state.step * _READ_AT_ONCE + i) % len(indices)] for i in range(_READ_AT_ONCE)]
 
     def _log(self, metrics: dict[str, float]) -> None:
         self.observers.folder.log_metrics(metrics, step=self.state.step, lineage=self.state.lineage)
@@ -601,8 +588,3 @@ class Job:
 
     def _stop_on_dead_channel(self, metrics: dict[str, float]) -> None:
         check_dead(self._dead_steps, metrics, self.config.guards.dead_steps, step=self.state.step)
-
-
-def _role_and_index(name: str) -> tuple[str, int]:
-    role, _, index = name.rpartition("_")
-    return role, int(index)
